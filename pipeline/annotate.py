@@ -1,0 +1,174 @@
+"""The graph that measures: corpus ranges in, signal parts on disk out.
+
+    ranges ----------------------------+
+    streams -> cut into ranges (spool) +-> reshuffle -> read, tokenise -> grammar -> reference LLM -> write part
+
+What crosses the shuffle is a description of a range, not its data. Behind it all steps are fused on a local runner,
+so a part is on disk before the next one is read, and an interrupted run loses no more than the parts in hand.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import apache_beam as beam
+import pyarrow as pa
+from apache_beam.ml.inference.base import RunInference
+
+from labelers import tokenize
+from pipeline import spool
+from pipeline.element import Part
+from pipeline.handlers import GrammarHandler, ScoreHandler, ScorerSpec
+from pipeline.heartbeat import Heartbeat
+from pipeline.readers import Bad, read
+from pipeline.sources import Range, Stream
+from schemas.files import sha256, write_atomic
+from schemas.manifest import PartRecord, deadletter_path, record_path, save, signals_path
+from schemas.parts import SIGNALS, select, to_parquet
+
+
+@dataclass(frozen=True)
+class AnnotatePlan:
+    """All that the workers need to know."""
+
+    dataset: Path
+    ranges: list[Range]  # not finished yet
+    streams: list[Stream]
+    part_bytes: int
+    committed: frozenset[str]  # parts that are finished; of streams, whose ranges are not known yet
+    tokenizer: str
+    grammar: GrammarHandler
+    reference: ScorerSpec | None
+    student: ScorerSpec | None
+    keep_text: bool
+
+
+def build(pipeline: beam.Pipeline, plan: AnnotatePlan, heartbeat: Heartbeat) -> None:
+    """Add the graph to a pipeline."""
+    cut = (
+        pipeline
+        | "streams" >> beam.Create(plan.streams)
+        | "spread streams" >> beam.Reshuffle()
+        | "cut streams" >> beam.ParDo(_Cut(plan.dataset, plan.part_bytes, plan.committed, heartbeat))
+    )
+    parts = (
+        (pipeline | "ranges" >> beam.Create(plan.ranges), cut)
+        | beam.Flatten()
+        | "spread parts" >> beam.Reshuffle()
+        | "read" >> beam.ParDo(_Read(plan.tokenizer, heartbeat))
+        | "grammar" >> RunInference(plan.grammar)
+    )
+    if plan.reference:
+        parts |= "reference" >> RunInference(ScoreHandler(plan.reference, "ref_nll", "ref_correct", heartbeat))
+    else:
+        parts |= "no reference" >> beam.Map(_without_scores)
+    if plan.student:
+        parts |= "student" >> RunInference(ScoreHandler(plan.student, "student_nll", None, heartbeat))
+    parts | "write" >> beam.ParDo(_Write(plan.dataset, plan.keep_text, heartbeat))
+
+
+class _Cut(beam.DoFn):
+    def __init__(self, dataset: Path, part_bytes: int, committed: frozenset[str], heartbeat: Heartbeat):
+        self._dataset, self._part_bytes, self._committed = dataset, part_bytes, set(committed)
+        self._heartbeat = heartbeat
+
+    def setup(self) -> None:
+        self._heartbeat.start()
+
+    def process(self, stream: Stream) -> Iterator[Range]:
+        for part in spool.spool(stream, self._dataset, self._part_bytes, self._committed):
+            if part.name not in self._committed:
+                self._heartbeat.planned(1, part.end - part.start)
+                yield part
+
+
+class _Read(beam.DoFn):
+    """Reads a range and tokenises its documents."""
+
+    def __init__(self, tokenizer: str, heartbeat: Heartbeat):
+        self._name, self._heartbeat = tokenizer, heartbeat
+
+    def setup(self) -> None:
+        self._heartbeat.start()
+        self._tokenizer = tokenize.load(self._name)
+
+    def process(self, part: Range) -> Iterator[Part]:
+        documents = read(part)
+        bad, seen = list(documents.bad), set()
+        keep = []
+        for row, doc_id in enumerate(documents.ids):
+            if doc_id in seen:
+                bad.append(_duplicate(part.source, documents.sources[row], doc_id))
+            else:
+                seen.add(doc_id)
+                keep.append(row)
+        texts = [documents.texts[row] for row in keep]
+        tokens = tokenize.encode(self._tokenizer, texts)
+        batch = pa.RecordBatch.from_pydict(
+            {
+                "doc_id": pa.array([documents.ids[row] for row in keep], pa.string()),
+                "source": pa.array([documents.sources[row] for row in keep], pa.string()),
+                "text": pa.array(texts, pa.large_string()),
+                "token_ids": tokens.lists(tokens.ids),
+                "token_starts": tokens.lists(tokens.starts),
+                "token_ends": tokens.lists(tokens.ends),
+            }
+        )
+        yield Part(part, batch, tuple(bad), documents.skipped)
+
+
+class _Write(beam.DoFn):
+    """Writes a part, then its record: from then on it is finished."""
+
+    def __init__(self, dataset: Path, keep_text: bool, heartbeat: Heartbeat):
+        self._dataset, self._keep_text, self._heartbeat = dataset, keep_text, heartbeat
+
+    def process(self, part: Part) -> Iterator[PartRecord]:
+        table = pa.Table.from_batches([part.batch])
+        if not self._keep_text:
+            table = table.drop_columns(["text"])
+        record = write_part(self._dataset, part.range.name, part.range.source, table, part.bad, part.skipped)
+        spool.discard(self._dataset, part.range)
+        self._heartbeat.finished(record.rows, record.tokens, record.bad, part.range.end - part.range.start)
+        yield record
+
+
+def write_part(
+    dataset: Path, name: str, source: str, table: pa.Table, bad: tuple[Bad, ...], skipped: int
+) -> PartRecord:
+    """Write the files of a part and, last, its record. Writing it again gives the same bytes."""
+    data: memoryview | bytes = b""
+    if table.num_rows:
+        data = memoryview(to_parquet(table.select(select(SIGNALS, table.schema.names).names).cast(_cast(table))))
+        write_atomic(signals_path(dataset, name), data)
+    letters = b"".join(json.dumps(asdict(letter), ensure_ascii=False).encode() + b"\n" for letter in bad)
+    if letters:
+        write_atomic(deadletter_path(dataset, name), letters)
+    record = PartRecord(
+        name=name,
+        source=source,
+        rows=table.num_rows,
+        tokens=len(table.column("token_ids").combine_chunks().flatten()),
+        factual=table.column("factual").combine_chunks().flatten().true_count if table.num_rows else 0,
+        bad=len(bad),
+        skipped=skipped,
+        bytes=len(data),
+        sha256=sha256(data),
+        deadletter_sha256=sha256(letters) if letters else "",
+    )
+    save(record_path(dataset, name), record)
+    return record
+
+
+def _cast(table: pa.Table) -> pa.Schema:
+    return select(SIGNALS, table.schema.names)
+
+
+def _duplicate(source: str, place: str, doc_id: str) -> Bad:
+    return Bad(source, int(place.rpartition(":")[2]), "the id occurs before in the corpus", doc_id)
+
+
+def _without_scores(part: Part) -> Part:
+    tokens = part.tokens()
+    return part.with_columns(ref_nll=tokens.lists(pa.nulls(len(tokens.ids), pa.float32())))

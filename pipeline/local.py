@@ -1,0 +1,121 @@
+"""Run a graph on this machine: in this process with one worker, in worker processes with more.
+
+Beam's local runner neither notices a worker that was killed nor ends its workers when the launcher dies, and it
+reports no progress. So the graph runs in a thread of its own while the main thread watches.
+"""
+
+import os
+import re
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import apache_beam as beam
+import psutil
+from apache_beam.options.pipeline_options import PipelineOptions
+
+from pipeline.heartbeat import Counts, Heartbeat, total
+
+POLL = 0.2
+GRACE = 5.0  # seconds that the run may take to end after its first worker has
+
+
+class RunError(Exception):
+    """The run failed; one line that says what to do."""
+
+
+def run(
+    build: Callable[[beam.Pipeline, Heartbeat], None],
+    *,
+    workers: int = 1,
+    beam_options: list[str] | None = None,
+    on_progress: Callable[[Counts], None] | None = None,
+) -> None:
+    """Run the graph that `build` adds to a pipeline, on the runner that the Beam options name, else locally.
+
+    Raises RunError when a step fails or a worker is killed, KeyboardInterrupt on Ctrl-C; no worker outlives either.
+    """
+    if any(option.startswith("--runner") for option in beam_options or []):
+        with beam.Pipeline(options=PipelineOptions(beam_options, save_main_session=False)) as pipeline:
+            build(pipeline, Heartbeat(None))
+        return
+    with tempfile.TemporaryDirectory(prefix="lacy-") as folder:
+        heartbeat = Heartbeat(folder, os.getpid())
+        mode = "in_memory" if workers == 1 else "multi_processing"
+        options = PipelineOptions(
+            beam_options or [],
+            runner="apache_beam.runners.portability.fn_api_runner.FnApiRunner",
+            direct_num_workers=workers,
+            direct_running_mode=mode,
+            save_main_session=False,
+        )
+        failure: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                with beam.Pipeline(options=options) as pipeline:
+                    build(pipeline, heartbeat)
+            except BaseException as error:
+                failure.append(error)
+
+        thread = threading.Thread(target=work, daemon=True, name="beam")
+        thread.start()
+        try:
+            _watch(thread, Path(folder), on_progress)
+        except BaseException:
+            _kill_workers()
+            raise
+        if on_progress:
+            on_progress(total(Path(folder)))
+    if failure:
+        _kill_workers()
+        raise RunError(reason(failure[0])) from failure[0]
+
+
+def _watch(thread: threading.Thread, folder: Path, on_progress: Callable[[Counts], None] | None) -> None:
+    seen: set[psutil.Process] = set()
+    gone_at: float | None = None
+    while thread.is_alive():
+        thread.join(POLL)
+        alive = set(_workers())
+        if seen - alive and gone_at is None:
+            gone_at = time.monotonic()
+        seen |= alive
+        if on_progress:
+            on_progress(total(folder))
+        if gone_at is not None and time.monotonic() - gone_at > GRACE and thread.is_alive():
+            raise RunError(
+                "a worker process was killed (out of memory?); finished parts are kept: "
+                "run the same command again, with fewer --workers if memory is short"
+            )
+
+
+def _workers() -> list[psutil.Process]:
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        try:
+            if "sdk_worker_main" in " ".join(child.cmdline()) and child.status() != psutil.STATUS_ZOMBIE:
+                found.append(child)
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+def _kill_workers() -> None:
+    for child in _workers():
+        try:
+            child.kill()
+        except psutil.NoSuchProcess:
+            continue
+
+
+def reason(error: BaseException) -> str:
+    """The last line that a person can use of what Beam raised: it wraps a worker's traceback into the message."""
+    text = str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    found = [line for line in lines if re.match(r"^[A-Za-z_][\w.]*(Error|Exception|Interrupt|Exit)\b", line)]
+    line = (found or lines or [type(error).__name__])[-1]
+    line = re.sub(r"\s*\[while running .*$", "", line)
+    return re.sub(r"^(?:[a-z_]\w*\.)+(?=[A-Z])", "", line)

@@ -1,0 +1,263 @@
+"""A byte range of a corpus file in, documents out. What is no document is told apart by its reason, never dropped.
+
+Text is passed on as it stands: nothing is stripped, normalised or re-encoded. JSON Lines and Parquet use Dolma's
+field names (`id`, `text`); a record without an id gets its place in the corpus as one.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from apache_beam.io.filesystem import CompressionTypes
+from apache_beam.io.filesystems import FileSystems
+
+from pipeline import wikitext
+from pipeline.sources import Range
+
+CHUNK = 1 << 20
+MAX_RECORD_BYTES = 64 << 20
+TOO_LONG = f"longer than {MAX_RECORD_BYTES >> 20} MiB"
+
+
+@dataclass(frozen=True)
+class Bad:
+    """A record that is no document. `position`: its byte in the source, or its row in a Parquet file."""
+
+    source: str
+    position: int
+    reason: str
+    doc_id: str = ""
+
+
+@dataclass
+class Documents:
+    ids: list[str] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    bad: list[Bad] = field(default_factory=list)
+    skipped: int = 0  # records that are meant not to be documents, such as a dump's redirects
+
+
+def read(part: Range) -> Documents:
+    """The documents that begin in a range. A file that cannot be read ends as one bad record, at its first part."""
+    documents = Documents()
+    try:
+        for position, doc_id, value in _READERS[part.format](part):
+            if len(documents.ids) == part.limit:
+                return documents
+            _add(documents, part.source, position, doc_id, value)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        whole = isinstance(error, _UnreadableFile)
+        if not whole or part.start == 0:
+            text = f"cannot read: {type(error.__cause__ or error).__name__}: {reason}"
+            documents.bad.append(Bad(part.source, 0 if whole else part.base + part.start, text))
+    if part.error:
+        documents.bad.append(Bad(part.source, part.base + part.end, part.error))
+    return documents
+
+
+class _UnreadableFile(Exception):
+    """Nothing of the file can be read, whichever range is asked for."""
+
+
+class _Skip:
+    """Stands for a record that is meant not to be a document."""
+
+
+_Record = tuple[int, Any, Any]  # position, id (None: make one), text; a Bad reason as ValueError; or _Skip
+
+
+def _add(documents: Documents, source: str, position: int, doc_id: Any, value: Any) -> None:
+    place = f"{source}:{position}"
+    if value is _Skip:
+        documents.skipped += 1
+        return
+    name = str(doc_id) if isinstance(doc_id, str | int) and not isinstance(doc_id, bool) and doc_id != "" else ""
+    reason = None
+    if isinstance(value, ValueError):
+        reason = str(value)
+    elif not isinstance(value, str):
+        reason = "no text" if value is None else f"text is {_json_type(value)}, not a string"
+    elif not value.strip():
+        reason = "text is empty"
+    elif doc_id is not None and not name:
+        reason = "id is empty" if doc_id == "" else f"id is {_json_type(doc_id)}, not a string"
+    else:
+        try:
+            value.encode()
+            name.encode()
+        except UnicodeEncodeError:
+            reason = "not valid Unicode: a lone surrogate"
+            name = name.encode(errors="replace").decode()
+    if reason is not None:
+        documents.bad.append(Bad(source, position, reason, name))
+        return
+    documents.ids.append(name or place)
+    documents.sources.append(place)
+    documents.texts.append(value)
+
+
+def _json_type(value: Any) -> str:
+    names = {bool: "true or false", int: "a number", float: "a number", list: "an array", dict: "an object"}
+    return names.get(type(value), "null" if value is None else type(value).__name__)
+
+
+def open_file(path: str) -> BinaryIO:
+    """A corpus file as it lies there, compressed or not. Raises OSError."""
+    return FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED)
+
+
+def records(chunks: Iterator[bytes], start_mark: bytes, end_mark: bytes) -> Iterator[tuple[int, bytes | None]]:
+    """Cut a stream at record ends: (offset of the record's first byte, its bytes).
+
+    A record goes from `start_mark` ("" for: where the last one ended) through `end_mark`; what stands between
+    records is passed over. One over MAX_RECORD_BYTES comes as None. The last may lack its end mark.
+    """
+    buffer, offset, searched, lost = b"", 0, 0, -1
+    for chunk in chunks:
+        buffer += chunk
+        begin = 0
+        while (end := buffer.find(end_mark, max(begin, searched))) >= 0:
+            end += len(end_mark)
+            first = buffer.find(start_mark, begin, end) if start_mark else begin
+            if lost >= 0:
+                yield lost, None
+                lost = -1
+            elif first >= 0:
+                yield offset + first, buffer[first:end]
+            begin, searched = end, 0
+        buffer, offset = buffer[begin:], offset + begin
+        if len(buffer) > MAX_RECORD_BYTES:
+            lost = lost if lost >= 0 else offset
+            keep = len(end_mark)
+            offset += len(buffer) - keep
+            buffer = buffer[-keep:]
+        searched = max(0, len(buffer) - len(end_mark))
+    if lost >= 0:
+        yield lost, None
+    elif buffer.strip():
+        first = buffer.find(start_mark) if start_mark else 0
+        if first >= 0:
+            yield offset + first, buffer[first:]
+
+
+MARKS = {"jsonl": (b"", b"\n"), "xml": (b"<page>", b"</page>")}
+
+
+def read_chunks(file: BinaryIO) -> Iterator[bytes]:
+    while chunk := file.read(CHUNK):
+        yield chunk
+
+
+def _records_in(part: Range) -> Iterator[tuple[int, bytes | None]]:
+    """Records whose first byte lies in the range; the last is read to its end, beyond the range if need be."""
+    start_mark, end_mark = MARKS[part.format]
+    try:
+        file = open_file(part.path)
+    except OSError as error:
+        raise _UnreadableFile(error.strerror or str(error)) from error
+    with file:
+        begin = part.start
+        if begin > 0 and not start_mark:
+            # The line that `begin` stands in belongs to the part before, unless it begins right here.
+            file.seek(begin - 1)
+            rest = file.readline(part.end - begin + 1)
+            if not rest.endswith(end_mark):
+                return
+            begin += len(rest) - 1
+        file.seek(begin)
+        for offset, data in records(read_chunks(file), start_mark, end_mark):
+            if begin + offset >= part.end:
+                return
+            yield part.base + begin + offset, data
+
+
+def _read_jsonl(part: Range) -> Iterator[_Record]:
+    for position, line in _records_in(part):
+        if line is None:
+            yield position, None, ValueError(TOO_LONG)
+        elif line.strip():
+            yield position, *_parse_line(line)
+
+
+def _parse_line(line: bytes) -> tuple[Any, Any]:
+    try:
+        record = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        return None, ValueError(f"not valid UTF-8 at byte {error.start} of the line")
+    except RecursionError:
+        return None, ValueError("not JSON: nested too deep")
+    except ValueError as error:
+        return None, ValueError(f"not JSON: {error}")
+    if not isinstance(record, dict):
+        return None, ValueError(f"the line is {_json_type(record)}, not an object")
+    return record.get("id"), record.get("text")
+
+
+def _read_xml(part: Range) -> Iterator[_Record]:
+    for position, xml in _records_in(part):
+        if xml is None:
+            yield position, None, ValueError(TOO_LONG)
+            continue
+        try:
+            page = wikitext.parse_page(xml)
+        except ValueError as error:
+            yield position, None, error
+            continue
+        yield (position, None, _Skip) if page is None else (position, page.id, page.text)
+
+
+def _read_txt(part: Range) -> Iterator[_Record]:
+    try:
+        with open_file(part.path) as file:
+            data = file.read(MAX_RECORD_BYTES + 1)
+    except OSError as error:
+        raise _UnreadableFile(error.strerror or str(error)) from error
+    if len(data) > MAX_RECORD_BYTES:
+        yield part.base, None, ValueError(TOO_LONG)
+        return
+    try:
+        yield part.base, None, data.decode()
+    except UnicodeDecodeError as error:
+        yield part.base, None, ValueError(f"not valid UTF-8 at byte {error.start}")
+
+
+def _read_parquet(part: Range) -> Iterator[_Record]:
+    """Rows whose share of their row group's bytes begins in the range. `position` is the row's number in the file."""
+    try:
+        file = pq.ParquetFile(open_file(part.path))
+        names = set(file.schema_arrow.names)
+    except (OSError, pa.ArrowException) as error:
+        raise _UnreadableFile(str(error).splitlines()[0]) from error
+    if "text" not in names:
+        raise _UnreadableFile(f"no column text (columns: {', '.join(sorted(names))})")
+    columns = ["text"] + (["id"] if "id" in names else [])
+    row = 0
+    for number in range(file.metadata.num_row_groups):
+        group = file.metadata.row_group(number)
+        chunks = [group.column(index) for index in range(group.num_columns)]
+        begin = min(chunk.dictionary_page_offset or chunk.data_page_offset for chunk in chunks)
+        size = sum(chunk.total_compressed_size for chunk in chunks)
+        count = group.num_rows
+        # Row i begins at byte begin + i * size / count: the first in the range is the first not before its start.
+        low, high = (min(count, max(0, -(-(edge - begin) * count // max(size, 1)))) for edge in (part.start, part.end))
+        if low < high:
+            table = file.read_row_group(number, columns=columns).slice(low, high - low)
+            ids = table.column("id").to_pylist() if "id" in names else [None] * table.num_rows
+            for index, doc_id in enumerate(ids):
+                yield row + low + index, doc_id, _parquet_text(table, index)
+        row += count
+
+
+def _parquet_text(table: pa.Table, index: int) -> Any:
+    try:
+        return table.column("text")[index].as_py()
+    except UnicodeDecodeError as error:
+        return ValueError(f"not valid UTF-8 at byte {error.start} of the text")
+
+
+_READERS = {"jsonl": _read_jsonl, "xml": _read_xml, "txt": _read_txt, "parquet": _read_parquet}

@@ -1,0 +1,126 @@
+"""Which files a corpus has, and how they are cut into parts. Planning looks at names and sizes only.
+
+A part is a byte range of a file. In JSON Lines and MediaWiki XML it owns the records that begin in the range; in
+Parquet, the rows whose share of their row group's bytes begins in it; a text file is one document, so one part.
+A compressed stream cannot be entered in the middle: `pipeline.spool` copies it, once, into uncompressed ranges.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from apache_beam.io.filesystems import FileSystems
+
+from schemas.manifest import CorpusFile
+
+FORMATS = {".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".txt": "txt", ".xml": "xml"}
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bzip2"}
+MAX_PART_BYTES, MIN_PART_BYTES = 1 << 20, 1 << 15
+
+
+class CorpusError(Exception):
+    """A corpus that cannot be read at all; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """The unit of work: bytes [start, end) of a file, and the name of the part that they become."""
+
+    name: str
+    source: str  # the corpus file, also when `path` is a copy of a piece of it
+    path: str
+    format: str
+    start: int
+    end: int
+    base: int = 0  # where `path` begins in the (uncompressed) source
+    error: str = ""  # why the source could not be read beyond this point
+    limit: int | None = None  # at most so many documents
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A compressed file that can only be read from its beginning."""
+
+    index: int
+    source: str
+    format: str
+    compression: str
+
+
+def part_name(index: int, position: int) -> str:
+    """Names sort by file, then by position."""
+    return f"part-{index:05d}-{position:015d}"
+
+
+def kind_of(path: str) -> tuple[str, str] | None:
+    """(format, compression or "") by the file's suffixes; None for a file of another kind."""
+    stem, suffix = os.path.splitext(path.lower())
+    compression = COMPRESSIONS.get(suffix, "")
+    if compression:
+        suffix = os.path.splitext(stem)[1]
+    form = FORMATS.get(suffix)
+    if form is None or (compression and form == "parquet"):
+        return None
+    return form, compression
+
+
+def find_files(corpus: Iterable[str]) -> list[CorpusFile]:
+    """The files behind paths, folders, globs and URLs of any filesystem that Beam reads, sorted, each once.
+
+    Raises CorpusError when an argument matches nothing, or names a file of an unknown kind.
+    """
+    found: dict[str, int] = {}
+    for argument in corpus:
+        matches = dict(_match(argument))
+        known = {path: size for path, size in matches.items() if kind_of(path)}
+        if not matches:
+            raise CorpusError(f"no file matches {argument}")
+        if not known:
+            kinds = ", ".join(sorted(FORMATS)) + " (also " + ", ".join(sorted(COMPRESSIONS)) + ")"
+            raise CorpusError(f"{argument} has no file of a known kind: {kinds}")
+        found |= known
+    return [CorpusFile(path=path, bytes=size) for path, size in sorted(found.items())]
+
+
+def default_part_bytes(files: list[CorpusFile]) -> int:
+    """At most 1 MiB, and less for a small corpus, so that it has parts for several workers."""
+    total = sum(file.bytes for file in files)
+    return min(MAX_PART_BYTES, max(MIN_PART_BYTES, total // 64))
+
+
+def plan(files: list[CorpusFile], part_bytes: int) -> list[Range | Stream]:
+    """Cut files into parts of about `part_bytes`, in order; compressed files are left whole."""
+    planned: list[Range | Stream] = []
+    for index, file in enumerate(files):
+        kind = kind_of(file.path)
+        assert kind is not None, f"{file.path} was found by its kind"
+        form, compression = kind
+        if compression:
+            planned.append(Stream(index, file.path, form, compression))
+        elif form == "txt":
+            planned.append(Range(part_name(index, 0), file.path, file.path, form, 0, file.bytes))
+        else:
+            for start in range(0, max(file.bytes, 1), part_bytes):
+                end = min(start + part_bytes, file.bytes)
+                planned.append(Range(part_name(index, start), file.path, file.path, form, start, end))
+    return planned
+
+
+def _match(argument: str) -> Iterator[tuple[str, int]]:
+    path = Path(argument)
+    if path.is_dir():
+        for child in sorted(path.rglob("*")):
+            hidden = any(piece.startswith(".") for piece in child.relative_to(path).parts)
+            if child.is_file() and not hidden:
+                yield str(child), child.stat().st_size
+    elif path.is_file():
+        yield str(path), path.stat().st_size
+    else:
+        pattern = argument + "**" if argument.endswith("/") else argument
+        try:
+            for result in FileSystems.match([pattern])[0].metadata_list:
+                yield result.path, result.size_in_bytes
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0]
+            raise CorpusError(f"cannot list {argument}: {reason}") from None

@@ -1,0 +1,119 @@
+"""Copy a compressed stream, once and in order, into uncompressed ranges that workers can read side by side.
+
+The ranges lie in DATASET/.spool and go when their part is finished. A stream that breaks off (truncated, damaged)
+still gives the records before the break; the last range then carries the reason.
+"""
+
+import bz2
+import gzip
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import BinaryIO
+
+import zstandard
+
+from pipeline.readers import MARKS, MAX_RECORD_BYTES, TOO_LONG, open_file, read_chunks, records
+from pipeline.sources import Range, Stream, part_name
+from schemas.files import write_atomic
+
+FOLDER = ".spool"
+
+
+def spool(stream: Stream, dataset: Path, part_bytes: int, committed: set[str]) -> list[Range]:
+    """Write the ranges of a stream, but for those in `committed`, and return them all, in order.
+
+    A list of the ranges is written last, so that a second call reads that alone.
+    """
+    index = dataset / FOLDER / f"stream-{stream.index:05d}.json"
+    if index.exists():
+        ranges = [Range(**fields) for fields in json.loads(index.read_text())]
+        if all(part.name in committed or Path(part.path).exists() for part in ranges):
+            return ranges
+    ranges = list(cut(stream, dataset, part_bytes, committed))
+    write_atomic(index, json.dumps([asdict(part) for part in ranges]).encode())
+    return ranges
+
+
+def cut(stream: Stream, dataset: Path, part_bytes: int, committed: set[str]) -> Iterator[Range]:
+    """The ranges of a stream, each written before it is yielded."""
+    breaks: list[str] = []
+    pieces: list[bytes] = []
+    first = size = 0
+
+    def flush(error: str = "") -> Range:
+        name, data = part_name(stream.index, first), b"".join(pieces)
+        path = dataset / FOLDER / f"{name}.{stream.format}"
+        if name not in committed:
+            write_atomic(path, data)
+        return Range(name, stream.source, str(path), stream.format, 0, len(data), base=first, error=error)
+
+    chunks = _decompress(stream, breaks)
+    spans = _whole(chunks) if stream.format == "txt" else records(chunks, b"", MARKS[stream.format][1])
+    for position, data in spans:
+        if not pieces:
+            first, size = position, 0
+        if data is None:  # the range's error stands at its end, which is where this record begins
+            yield flush(TOO_LONG)
+            pieces.clear()
+            continue
+        if breaks and not data.endswith(MARKS.get(stream.format, (b"", b"\0"))[1]):
+            break  # the broken end of a record
+        pieces.append(data)
+        size += len(data)
+        if size >= part_bytes:
+            yield flush()
+            pieces.clear()
+    if not pieces:
+        first += size
+    if pieces or breaks:
+        yield flush(breaks[0] if breaks else "")
+
+
+def discard(dataset: Path, part: Range) -> None:
+    """Remove the copy of a finished part."""
+    path = Path(part.path)
+    if path.parent == dataset / FOLDER:
+        path.unlink(missing_ok=True)
+
+
+def _whole(chunks: Iterator[bytes]) -> Iterator[tuple[int, bytes | None]]:
+    pieces, size = [], 0
+    for chunk in chunks:
+        pieces.append(chunk)
+        size += len(chunk)
+        if size > MAX_RECORD_BYTES:
+            yield 0, None
+            return
+    yield 0, b"".join(pieces)
+
+
+def _decompress(stream: Stream, breaks: list[str]) -> Iterator[bytes]:
+    """Uncompressed chunks; a break of the stream ends them and is told in `breaks`."""
+    try:
+        with open_file(stream.source) as file:
+            yield from _OPENERS[stream.compression](file)
+    except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
+        breaks.append(f"{stream.compression} stream breaks off: {str(error).splitlines()[0]}")
+
+
+def _unzstd(file: BinaryIO) -> Iterator[bytes]:
+    decoder, started = zstandard.ZstdDecompressor().decompressobj(), False
+    for chunk in read_chunks(file):
+        while chunk:
+            started = True
+            yield decoder.decompress(chunk)
+            chunk = decoder.unused_data if decoder.eof else b""
+            if decoder.eof:
+                decoder, started = zstandard.ZstdDecompressor().decompressobj(), False
+    if started:
+        raise EOFError("the last frame is not complete")
+
+
+_OPENERS: dict[str, Callable[[BinaryIO], Iterator[bytes]]] = {
+    "gzip": lambda file: read_chunks(gzip.GzipFile(fileobj=file)),
+    "bzip2": lambda file: read_chunks(bz2.BZ2File(file)),
+    "zstd": _unzstd,
+}

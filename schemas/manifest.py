@@ -1,0 +1,158 @@
+"""The manifest of a dataset, the records of its parts, and where its files lie.
+
+    DATASET/
+      manifest.json                 written when a run starts, again when it ends
+      signals/part-*.parquet        what was measured
+      labels/<name>/part-*.parquet  what a policy decided
+      labels/<name>/policy.json     the policy, its threshold, its parts
+      deadletter/part-*.jsonl       documents that could not be labelled, and why
+      tokenizer/                    the target tokenizer with <CALL>
+      .parts/part-*.json            records of finished parts while the run goes on; folded into the manifest at its end
+
+A part exists when its record does: the record is written after the file, and holds the file's digest.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from schemas.files import sha256, write_atomic
+from schemas.parts import SCHEMA_VERSION
+
+
+M = TypeVar("M", bound=BaseModel)
+
+
+class DatasetError(Exception):
+    """A dataset that is missing, damaged, or of another kind than asked for; the message says what to do."""
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PartRecord(_Model):
+    name: str
+    source: str
+    rows: int
+    tokens: int
+    factual: int
+    bad: int
+    skipped: int = 0  # records that are no documents, like a dump's redirects
+    bytes: int  # of the Parquet file; 0 when the part has no row, and then no file
+    sha256: str
+    deadletter_sha256: str = ""
+
+
+class CorpusFile(_Model):
+    path: str
+    bytes: int
+
+
+class Manifest(_Model):
+    schema_version: int = SCHEMA_VERSION
+    state: Literal["running", "complete"]
+    corpus: list[CorpusFile]
+    options: dict[str, Any]  # all that changes a byte of the parts
+    tokenizer: dict[str, Any]
+    models: dict[str, Any]
+    versions: dict[str, str]
+    documents: int = 0
+    tokens: int = 0
+    factual: int = 0
+    bad: int = 0
+    skipped: int = 0
+    parts: list[PartRecord] = []
+
+    def fingerprint(self) -> str:
+        """Digest of everything that decides the bytes of the parts."""
+        fields = {"schema_version", "corpus", "options", "tokenizer", "models", "versions"}
+        return sha256(json.dumps(self.model_dump(include=fields), sort_keys=True).encode())
+
+
+class LabelRecord(_Model):
+    name: str
+    rows: int
+    tokens: int
+    delegated: int
+    ignored: int
+    bytes: int
+    sha256: str
+
+
+class LabelSet(_Model):
+    """labels/<name>/policy.json"""
+
+    name: str
+    policy: str
+    action: Literal["delegate", "ignore"]
+    budget: float | None
+    seed: int
+    loss: str | None  # the signal that the policy ranked by
+    threshold: float | None
+    candidates: int
+    tokens: int
+    chosen: int
+    share: float
+    parts: list[LabelRecord]
+
+
+def signals_path(dataset: Path, part: str) -> Path:
+    return dataset / "signals" / f"{part}.parquet"
+
+
+def labels_path(dataset: Path, labels: str, part: str) -> Path:
+    return dataset / "labels" / labels / f"{part}.parquet"
+
+
+def deadletter_path(dataset: Path, part: str) -> Path:
+    return dataset / "deadletter" / f"{part}.jsonl"
+
+
+def record_path(dataset: Path, part: str) -> Path:
+    return dataset / ".parts" / f"{part}.json"
+
+
+def save(path: Path, model: BaseModel) -> None:
+    write_atomic(path, (model.model_dump_json(indent=1) + "\n").encode())
+
+
+def load(path: Path, model: type[M]) -> M:
+    """Raises DatasetError for a file that is damaged; FileNotFoundError when there is none."""
+    try:
+        return model.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise DatasetError(f"{path} is damaged: {first['msg']} at {'.'.join(map(str, first['loc']))}") from None
+
+
+def read_manifest(dataset: Path) -> Manifest:
+    """Raises DatasetError when `dataset` is no dataset, or was written by another version of the schema."""
+    path = dataset / "manifest.json"
+    try:
+        version = json.loads(path.read_bytes()).get("schema_version")
+    except FileNotFoundError:
+        raise DatasetError(f"{dataset} is not a dataset: it has no manifest.json (lacy label writes one)") from None
+    except (ValueError, AttributeError):
+        raise DatasetError(f"{path} is damaged: it is not a JSON object") from None
+    if version != SCHEMA_VERSION:
+        raise DatasetError(f"{dataset} has schema version {version}; this lacy reads version {SCHEMA_VERSION}")
+    return load(path, Manifest)
+
+
+def read_complete(dataset: Path) -> Manifest:
+    """The manifest of a finished dataset. Raises DatasetError when the run that writes it has not ended."""
+    manifest = read_manifest(dataset)
+    if manifest.state != "complete":
+        raise DatasetError(f"{dataset} is not finished: run its lacy label command again to complete it")
+    return manifest
+
+
+def label_sets(dataset: Path) -> dict[str, LabelSet]:
+    """The finished label sets of a dataset, by name."""
+    found = sorted((dataset / "labels").glob("*/policy.json"))
+    return {path.parent.name: load(path, LabelSet) for path in found}
+
+

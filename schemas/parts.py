@@ -1,0 +1,77 @@
+"""The Parquet files of a dataset: Arrow schemas, and one way to write them.
+
+One row is one document; a list has one entry per token of the document.
+"""
+
+from collections.abc import Sequence
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+SCHEMA_VERSION = 1
+
+SIGNALS = pa.schema(
+    [
+        pa.field("doc_id", pa.string(), nullable=False),  # unique in the dataset
+        pa.field("source", pa.string(), nullable=False),  # file, and position in it
+        pa.field("text", pa.large_string()),  # as tokenised
+        pa.field("token_ids", pa.list_(pa.int32()), nullable=False),
+        pa.field("token_starts", pa.list_(pa.int32()), nullable=False),  # characters of text, half open
+        pa.field("token_ends", pa.list_(pa.int32()), nullable=False),
+        pa.field("factual", pa.list_(pa.bool_()), nullable=False),
+        pa.field("pos", pa.list_(pa.uint8()), nullable=False),  # schemas.codes.POS
+        pa.field("ent_type", pa.list_(pa.uint8()), nullable=False),  # schemas.codes.ENT_TYPES
+        pa.field("ref_nll", pa.list_(pa.float32()), nullable=False),  # nats; null where there is no score
+        pa.field("ref_correct", pa.list_(pa.bool_())),  # the reference's most likely token is this one
+        pa.field("student_nll", pa.list_(pa.float32())),
+    ]
+)
+LABELS = pa.schema(
+    [
+        SIGNALS.field("doc_id"),
+        SIGNALS.field("token_ids"),
+        pa.field("label", pa.list_(pa.int8()), nullable=False),  # schemas.codes.LEARN, DELEGATE, IGNORE
+        SIGNALS.field("factual"),
+        SIGNALS.field("ref_nll"),
+        SIGNALS.field("student_nll"),
+    ]
+)
+OPTIONAL = ("text", "ref_correct", "student_nll")
+TOKEN_COLUMNS = tuple(field.name for field in SIGNALS if pa.types.is_list(field.type))
+
+# Chosen by benchmarks/encodings.py: token ids and codes repeat, offsets rise, losses share exponents.
+_DICTIONARY = {"source", "token_ids", "label", "pos", "ent_type"}
+_ENCODING = {
+    "token_starts": "DELTA_BINARY_PACKED",
+    "token_ends": "DELTA_BINARY_PACKED",
+    "ref_nll": "BYTE_STREAM_SPLIT",
+    "student_nll": "BYTE_STREAM_SPLIT",
+}
+
+
+def select(schema: pa.Schema, present: Sequence[str]) -> pa.Schema:
+    """`schema` without the optional columns that are not `present`."""
+    return pa.schema([field for field in schema if field.name not in OPTIONAL or field.name in present])
+
+
+def to_parquet(table: pa.Table) -> pa.Buffer:
+    """The bytes of one part file. The same table gives the same bytes."""
+    schema = table.schema
+
+    def path(name: str) -> str:
+        return f"{name}.list.element" if pa.types.is_list(schema.field(name).type) else name
+
+    names = [name for name in schema.names if name in _ENCODING]
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        table,
+        sink,
+        row_group_size=max(1, table.num_rows),
+        compression="zstd",
+        compression_level=9,
+        use_dictionary=[path(name) for name in schema.names if name in _DICTIONARY],
+        column_encoding={path(name): _ENCODING[name] for name in names},
+        write_page_index=True,
+        store_schema=True,
+    )
+    return sink.getvalue()
