@@ -215,7 +215,9 @@ def _convert(gguf: Path, folder: Path) -> None:
     folder.mkdir()
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(folder)
-    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors writes files for the owner alone
+    shutil.copymode(
+        folder / "config.json", folder / "model.safetensors"
+    )  # safetensors writes files for the owner alone
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     if field("tokenizer.ggml.pre") == "smollm":  # digits stand alone, which `transformers` does not take from the GGUF
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

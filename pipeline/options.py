@@ -19,8 +19,8 @@ class LabelOptions(BaseModel):
     scorer: Literal["auto", "transformers", "vllm"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    window: int = Field(default=2048, ge=2)  # tokens in one forward pass; less where the model's context is shorter
-    overlap: int = Field(default=512, ge=1)  # tokens of context that a window shares with the one before
+    window: int | None = Field(default=None, ge=2)  # tokens in one forward pass; None: the context, at most 2048
+    overlap: int | None = Field(default=None, ge=1)  # tokens shared with the window before; None: a quarter
     batch_tokens: int | None = Field(default=None, ge=1)
     spacy: str = "en_core_web_sm"
     attributes: bool = False
@@ -36,7 +36,7 @@ class LabelOptions(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> "LabelOptions":
-        if self.overlap >= self.window:
+        if self.overlap is not None and self.window is not None and self.overlap >= self.window:
             raise ValueError(f"--overlap {self.overlap} must be less than --window {self.window}")
         if self.reference is None and self.tokenizer is None:
             raise ValueError("--reference none needs --tokenizer")

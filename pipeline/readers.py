@@ -45,7 +45,8 @@ def read(part: Range) -> Documents:
     """The documents that begin in a range. A file that cannot be read ends as one bad record, at its first part."""
     documents = Documents()
     try:
-        for position, doc_id, value in _READERS[part.format](part):
+        found = _READERS[part.format](part) if part.end > part.start or not part.error else iter(())
+        for position, doc_id, value in found:
             if len(documents.ids) == part.limit:
                 return documents
             _add(documents, part.source, position, doc_id, value)
@@ -205,10 +206,12 @@ def _read_xml(part: Range) -> Iterator[_Record]:
             continue
         try:
             page = wikitext.parse_page(xml)
+            record = (
+                (position, None, _Skip) if page is None else (position, page.id, wikitext.clean(page.title, page.text))
+            )
         except ValueError as error:
-            yield position, None, error
-            continue
-        yield (position, None, _Skip) if page is None else (position, page.id, page.text)
+            record = position, None, error
+        yield record
 
 
 def _read_txt(part: Range) -> Iterator[_Record]:

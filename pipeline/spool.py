@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 import zstandard
 
-from pipeline.readers import MARKS, MAX_RECORD_BYTES, TOO_LONG, open_file, read_chunks, records
+from pipeline.readers import CHUNK, MARKS, MAX_RECORD_BYTES, TOO_LONG, open_file, read_chunks, records
 from pipeline.sources import Range, Stream, part_name
 from schemas.files import write_atomic
 
@@ -99,6 +99,12 @@ def _decompress(stream: Stream, breaks: list[str]) -> Iterator[bytes]:
         breaks.append(f"{stream.compression} stream breaks off: {str(error).splitlines()[0]}")
 
 
+def _buffers(file: gzip.GzipFile | bz2.BZ2File) -> Iterator[bytes]:
+    """What each step of the decoder gives: `read` would lose what came before a break."""
+    while chunk := file.read1(CHUNK):
+        yield chunk
+
+
 def _unzstd(file: BinaryIO) -> Iterator[bytes]:
     decoder, started = zstandard.ZstdDecompressor().decompressobj(), False
     for chunk in read_chunks(file):
@@ -113,7 +119,7 @@ def _unzstd(file: BinaryIO) -> Iterator[bytes]:
 
 
 _OPENERS: dict[str, Callable[[BinaryIO], Iterator[bytes]]] = {
-    "gzip": lambda file: read_chunks(gzip.GzipFile(fileobj=file)),
-    "bzip2": lambda file: read_chunks(bz2.BZ2File(file)),
+    "gzip": lambda file: _buffers(gzip.GzipFile(fileobj=file)),
+    "bzip2": lambda file: _buffers(bz2.BZ2File(file)),
     "zstd": _unzstd,
 }

@@ -210,7 +210,7 @@ def _strip_html(text: str) -> str:
 
 _LATEX_TEXT = re.compile(r"\\(?:mathrm|mathbf|mathit|mathbb|mathcal|text|textrm|operatorname|rm|bf) ?\{([^{}\\]*)\}")
 _LATEX_FRACTION = re.compile(r"\\[dt]?frac ?\{([^{}\\]{1,12})\} ?\{([^{}\\]{1,12})\}")
-_LATEX_COMMAND = re.compile(r"\\([A-Za-z]+|[,;:! ]) ?")
+_LATEX_COMMAND = re.compile(r"\\([A-Za-z]+|[,;:! ])")
 _LATEX_POWER = re.compile(r"\^ ?(?:\{([0-9+\-]{1,8})\}|([0-9]))")
 _LATEX_INDEX = re.compile(r"_ ?(?:\{([0-9A-Za-z]{1,8})\}|([0-9A-Za-z]))")
 _LATEX_SYMBOLS = pairs("""
@@ -284,8 +284,11 @@ def _strip_external_links(text: str) -> str:
 
 @dataclass(slots=True)
 class _Pair:
-    """A pair of brackets that is still open. mwparserfromhell reads no title that holds a link or, in a link, a newline,
-    and no argument's name that holds templates."""
+    """A pair of brackets that is still open.
+
+    mwparserfromhell reads no title that holds a link or, in a link, a newline, and no argument's name that holds
+    templates.
+    """
 
     start: int  # index of its piece
     opening: str
@@ -314,6 +317,8 @@ def _balance(text: str) -> str:
             if piece == "}}" and templates_open:
                 while stack[-1].opening != "{{":
                     _leave_open(pieces, stack.pop())
+                    stack[-1].nested = True
+                    stack[-1].valid = stack[-1].valid and not stack[-1].in_title
                 templates_open -= 1
             elif top is None or top.opening != _CLOSE[piece]:
                 continue
@@ -330,7 +335,7 @@ def _balance(text: str) -> str:
             if top:
                 top.in_title = top.nested = False
         elif piece == "=":
-            if top and top.nested:
+            if top and (top.nested or top.opening == "[["):
                 pieces[i] = piece.translate(_HIDE)
         elif piece == "\n":
             if top and top.in_title and top.opening == "[[":

@@ -76,8 +76,10 @@ class LabelRecord(_Model):
     name: str
     rows: int
     tokens: int
+    candidates: int  # tokens that the policy might have chosen
     delegated: int
     ignored: int
+    lowest: float | None = None  # the lowest score chosen; None for a policy without one
     bytes: int
     sha256: str
 
@@ -90,8 +92,7 @@ class LabelSet(_Model):
     action: Literal["delegate", "ignore"]
     budget: float | None
     seed: int
-    loss: str | None  # the signal that the policy ranked by
-    threshold: float | None
+    threshold: float | None  # the lowest score chosen
     candidates: int
     tokens: int
     chosen: int
@@ -154,5 +155,3 @@ def label_sets(dataset: Path) -> dict[str, LabelSet]:
     """The finished label sets of a dataset, by name."""
     found = sorted((dataset / "labels").glob("*/policy.json"))
     return {path.parent.name: load(path, LabelSet) for path in found}
-
-

@@ -77,7 +77,9 @@ def test_what_falls_on_the_first_token_goes_to_the_second():
 
 def test_tokens_that_share_a_character():
     """Two byte tokens of one character against one token of it."""
-    shared = Tokens(np.array([0, 3]), np.zeros(3, np.int32), np.array([0, 1, 1], np.int32), np.array([1, 2, 2], np.int32))
+    shared = Tokens(
+        np.array([0, 3]), np.zeros(3, np.int32), np.array([0, 1, 1], np.int32), np.array([1, 2, 2], np.int32)
+    )
     whole = cut([0, 1, 2])
     np.testing.assert_allclose(spread_loss(shared, np.array([np.nan, 1, 2], np.float32), whole), [np.nan, 3])
     np.testing.assert_allclose(spread_loss(whole, np.array([np.nan, 3], np.float32), shared), [np.nan, 1.5, 1.5])

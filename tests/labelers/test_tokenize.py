@@ -150,9 +150,7 @@ def test_bos_is_seen_but_not_added(tmp_path):
     backend = byte_level()
     backend.add_special_tokens(["<s>"])
     plain = tokenize.encode(_saved(backend, tmp_path / "plain"), ["Ada"]).ids.tolist()
-    backend.post_processor = TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", backend.token_to_id("<s>"))]
-    )
+    backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", backend.token_to_id("<s>"))])
     tokenizer = _saved(backend, tmp_path / "bos")
     assert tokenizer.bos_id == backend.token_to_id("<s>")
     assert tokenize.encode(tokenizer, ["Ada"]).ids.tolist() == plain

@@ -1,0 +1,66 @@
+"""`make demo`: a first look at LaCy on real Wikipedia text, without a model hub, an account or a GPU.
+
+Fetches the embedded reference model, and a small Wikipedia dump that travels in the wheel of gensim; labels the first
+articles; shows the tables and some labelled lines. A second run reuses what is there.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+FOLDER = Path("demo")
+SAMPLE = FOLDER / "enwiki-sample.xml.bz2"
+LABELLED = FOLDER / "labelled"
+WHEEL = "gensim==4.4.0"
+MEMBER = "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
+DOCUMENTS = 3
+
+
+def main() -> None:
+    from lacy.cli import known_errors, quiet
+
+    console = Console(highlight=False)
+    with known_errors():
+        quiet(threads=1)
+        from labelers.models import fetch_member, get_model
+
+        if not SAMPLE.exists():
+            _step(console, "Fetching a Wikipedia sample from the package index")
+            fetch_member(WHEEL, MEMBER, SAMPLE)
+        _step(console, "Fetching the reference model (once; it stays in lacy's cache)")
+        get_model()
+        command = f"label {SAMPLE} --out {LABELLED} --limit {DOCUMENTS}"
+        _step(console, f"lacy {command}")
+        _lacy(command)
+        _step(console, f"lacy stats {LABELLED}")
+        _lacy(f"stats {LABELLED}")
+        _step(console, "The beginning of two articles as labelled")
+        from stats.show import render
+
+        render(LABELLED, 2, labels="lacy", console=console)
+    console.print()
+    console.print("What next:", style="bold")
+    for line in (
+        f"  .venv/bin/lacy sql {LABELLED} \"SELECT token, ref_nll FROM labels WHERE label = 'delegate' LIMIT 5\"",
+        f"  .venv/bin/lacy decide {LABELLED} --policy loss    compare: the highest loss alone",
+        "  .venv/bin/lacy label YOUR_CORPUS.jsonl.gz --out YOUR_DATASET",
+        "  docs/labelling.md says how labels come about, docs/policies.md which policies there are",
+    ):
+        console.print(line, markup=False)
+
+
+def _step(console: Console, text: str) -> None:
+    console.print()
+    console.print(f"== {text}", style="bold", markup=False)
+
+
+def _lacy(command: str) -> None:
+    done = subprocess.run([Path(sys.executable).with_name("lacy"), *command.split()])
+    if done.returncode:
+        sys.exit(done.returncode)
+
+
+if __name__ == "__main__":
+    main()
