@@ -199,7 +199,10 @@ def _parse(nlp: Language, texts: list[str]) -> tuple[dict[str, Hashes], Ints, In
     tables: list[Hashes] = [np.empty((0, len(COLUMNS)), np.uint64)]
     for batch in _batches(blocks):
         pieces = [SURROGATE.sub("\ufffd", texts[i][a:b]) for i, a, b in batch]
-        tables += [parsed.to_array([*COLUMNS]) for parsed in nlp.pipe(pieces, batch_size=len(pieces), n_process=1)]
+        tables += [
+            parsed.to_array([*COLUMNS]).astype(np.uint64, copy=False)
+            for parsed in nlp.pipe(pieces, batch_size=len(pieces), n_process=1)
+        ]
     block = np.repeat(np.arange(len(blocks)), np.array([len(table) for table in tables[1:]], np.int64))  # (W,)
     doc, offset, _ = np.array(blocks, np.int64).reshape(-1, 3).T  # (B,) each
     word = dict(zip(COLUMNS, np.concatenate(tables).T.copy(), strict=True))  # (W,) each

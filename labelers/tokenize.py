@@ -76,13 +76,20 @@ def load(name: str, *, trust_remote_code: bool = False) -> TargetTokenizer:
     """
     backend, eos_token = _backend(name, trust_remote_code)
     bos_id = _bos(backend)
+    return describe(name, backend, bos_id, eos_token)
+
+
+def describe(name: str, backend: Tokenizer, bos_id: int | None, eos_token: str | None) -> TargetTokenizer:
+    """A library tokenizer as a target, with `<CALL>` added as a special token when it has none."""
     if backend.token_to_id(CALL) is None:
         backend.add_special_tokens([AddedToken(CALL, special=True, normalized=False)])
+    call_id = backend.token_to_id(CALL)
+    assert call_id is not None, "just added"
     return TargetTokenizer(
         name=name,
         json=backend.to_str(),
         vocab_size=backend.get_vocab_size(with_added_tokens=True),
-        call_id=backend.token_to_id(CALL),
+        call_id=call_id,
         bos_id=bos_id,
         eos_token=eos_token,
     )
@@ -105,15 +112,11 @@ def encode(tokenizer: TargetTokenizer, texts: list[str]) -> Tokens:
     except (UnicodeEncodeError, TypeError) as error:
         raise TokenizerError(f"text is not valid Unicode: {error}") from None
     ids = [np.array(encoding.ids, np.int32) for encoding in encodings]
-    spans = [
-        _byte_offsets(text, reader.byte_lengths[token_ids]) if reader.byte_lengths is not None else None
-        for text, token_ids in zip(texts, ids, strict=True)
-    ]
-    # Where the bytes of the tokens are not the bytes of the text (a normaliser, an added token), ask the library.
-    spans = [
-        np.array(encoding.offsets, np.int32).reshape(-1, 2) if span is None else span
-        for span, encoding in zip(spans, encodings, strict=True)
-    ]
+    spans = []
+    for text, token_ids, encoding in zip(texts, ids, encodings, strict=True):
+        span = None if reader.byte_lengths is None else _byte_offsets(text, reader.byte_lengths[token_ids])
+        # Where the bytes of the tokens are not the bytes of the text (a normaliser, an added token), ask the library.
+        spans.append(np.array(encoding.offsets, np.int32).reshape(-1, 2) if span is None else span)
     flat = np.concatenate(spans) if spans else np.zeros((0, 2), np.int32)
     return Tokens(
         offsets=np.concatenate([[0], np.cumsum([len(token_ids) for token_ids in ids])]).astype(np.int64),

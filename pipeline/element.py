@@ -12,7 +12,7 @@ from pipeline.sources import Range
 
 @dataclass(frozen=True)
 class Part:
-    """One part on its way: its range, its documents so far (schemas.parts.SIGNALS, growing by columns), and what is bad.
+    """One part on its way: its range, its documents so far (columns of schemas.parts.SIGNALS), and what is bad.
 
     The batch is never a slice: Arrow would pickle the whole parent with it.
     """

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -57,7 +57,7 @@ class ScorerSpec:
     """Which model scores, and how; what `labelers.reference.load` needs, and its tokenizer."""
 
     model: str
-    scorer: str
+    scorer: Literal["transformers", "vllm"]
     arguments: dict[str, Any]
     tokenizer: str | None  # None: the target's own
 

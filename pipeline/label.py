@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import duckdb
 import numpy as np
@@ -179,7 +179,7 @@ def _models(options: LabelOptions) -> tuple[tokenize.TargetTokenizer, ScorerSpec
     return tokenizer, spec(reference) if reference else None, spec(student) if student else None
 
 
-def _best_scorer(device: str) -> str:
+def _best_scorer(device: str) -> Literal["transformers", "vllm"]:
     """vLLM where it and a GPU are, else transformers."""
     if device == "cpu" or importlib.util.find_spec("vllm") is None:
         return "transformers"
@@ -266,8 +266,8 @@ def _finish(dataset: Path, manifest: Manifest, max_bad: float) -> Manifest:
     share = complete.bad / (complete.bad + complete.documents)
     if share > max_bad:
         raise local.RunError(
-            f"{complete.bad:,} of {complete.bad + complete.documents:,} records are bad, more than --max-bad {max_bad:g}"
-            f": see {dataset / 'deadletter'}, then run again with a higher --max-bad"
+            f"{complete.bad:,} of {complete.bad + complete.documents:,} records are bad, more than --max-bad "
+            f"{max_bad:g}: see {dataset / 'deadletter'}, then run again with a higher --max-bad"
         )
     save(dataset / "manifest.json", complete)
     shutil.rmtree(dataset / ".parts", ignore_errors=True)

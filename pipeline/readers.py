@@ -52,7 +52,7 @@ def read(part: Range) -> Documents:
             _add(documents, part.source, position, doc_id, value)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        whole = isinstance(error, _UnreadableFile)
+        whole = isinstance(error, _FileError)
         if not whole or part.start == 0:
             text = f"cannot read: {type(error.__cause__ or error).__name__}: {reason}"
             documents.bad.append(Bad(part.source, 0 if whole else part.base + part.start, text))
@@ -61,7 +61,7 @@ def read(part: Range) -> Documents:
     return documents
 
 
-class _UnreadableFile(Exception):
+class _FileError(Exception):
     """Nothing of the file can be read, whichever range is asked for."""
 
 
@@ -160,7 +160,7 @@ def _records_in(part: Range) -> Iterator[tuple[int, bytes | None]]:
     try:
         file = open_file(part.path)
     except OSError as error:
-        raise _UnreadableFile(error.strerror or str(error)) from error
+        raise _FileError(error.strerror or str(error)) from error
     with file:
         begin = part.start
         if begin > 0 and not start_mark:
@@ -206,7 +206,7 @@ def _read_xml(part: Range) -> Iterator[_Record]:
             continue
         try:
             page = wikitext.parse_page(xml)
-            record = (
+            record: _Record = (
                 (position, None, _Skip) if page is None else (position, page.id, wikitext.clean(page.title, page.text))
             )
         except ValueError as error:
@@ -219,7 +219,7 @@ def _read_txt(part: Range) -> Iterator[_Record]:
         with open_file(part.path) as file:
             data = file.read(MAX_RECORD_BYTES + 1)
     except OSError as error:
-        raise _UnreadableFile(error.strerror or str(error)) from error
+        raise _FileError(error.strerror or str(error)) from error
     if len(data) > MAX_RECORD_BYTES:
         yield part.base, None, ValueError(TOO_LONG)
         return
@@ -235,9 +235,9 @@ def _read_parquet(part: Range) -> Iterator[_Record]:
         file = pq.ParquetFile(open_file(part.path))
         names = set(file.schema_arrow.names)
     except (OSError, pa.ArrowException) as error:
-        raise _UnreadableFile(str(error).splitlines()[0]) from error
+        raise _FileError(str(error).splitlines()[0]) from error
     if "text" not in names:
-        raise _UnreadableFile(f"no column text (columns: {', '.join(sorted(names))})")
+        raise _FileError(f"no column text (columns: {', '.join(sorted(names))})")
     columns = ["text"] + (["id"] if "id" in names else [])
     row = 0
     for number in range(file.metadata.num_row_groups):

@@ -49,15 +49,7 @@ def train(corpus: list[str], out: Path, vocab_size: int = 32000, limit: int | No
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
         written = Path(folder) / out.name
-        trained = tokenize.TargetTokenizer(
-            name=str(out),
-            json=tokenizer.to_str(),
-            vocab_size=tokenizer.get_vocab_size(),
-            call_id=tokenizer.token_to_id(tokenize.CALL),
-            bos_id=None,
-            eos_token=tokenize.END,
-        )
-        tokenize.save(trained, written)
+        tokenize.save(tokenize.describe(str(out), tokenizer, None, tokenize.END), written)
         if out.exists():
             out.rmdir()
         os.replace(written, out)

@@ -21,7 +21,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from schemas.files import sha256, write_atomic
 from schemas.parts import SCHEMA_VERSION
 
-
 M = TypeVar("M", bound=BaseModel)
 
 

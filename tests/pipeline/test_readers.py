@@ -3,6 +3,7 @@
 import bz2
 import gzip
 import json
+from itertools import pairwise
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -49,7 +50,7 @@ def test_ranges_of_any_size_partition_the_lines(tmp_path_factory, texts, data):
     size = path.stat().st_size
     inner = data.draw(st.lists(st.integers(1, max(1, size)), max_size=6, unique=True))
     edges = sorted({0, size, *(edge for edge in inner if edge < size)})
-    pairs = list(zip(edges, edges[1:], strict=False)) or [(0, 0)]
+    pairs = list(pairwise(edges)) or [(0, 0)]
     seen = []
     for start, end in pairs:
         documents = read(Range(f"part-{start}", str(path), str(path), "jsonl", start, end))
@@ -170,7 +171,7 @@ def test_a_text_file_is_one_document(tmp_path):
     (tmp_path / "a.txt").write_text("one\n\ntwo " * 1000)
     (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"three"))
     (tmp_path / "c.txt").write_bytes(b"caf\xe9")
-    ids, texts, bad = read_all(tmp_path, 1024, tmp_path / ".out")
+    _, texts, bad = read_all(tmp_path, 1024, tmp_path / ".out")
     assert texts == ["one\n\ntwo " * 1000, "three"]
     assert [letter.reason for letter in bad] == ["not valid UTF-8 at byte 3"]
 

@@ -1,0 +1,191 @@
+"""How fast labelling is: ratios against named baselines, measured in one run on this machine.
+
+    python benchmarks/label.py [CORPUS.jsonl[.gz]] [--documents N] [--scored N] [--rounds N]
+
+grammar_vs_bare          tokens/s of `lacy label --reference none --workers 1` (read, tokenise, parse, rule, align,
+                         write), over those of a bare loop over nlp.pipe: same texts, same components
+two_workers              tokens/s of `lacy label` with two workers over those with one; grammar and reference
+scorer_vs_plain          tokens/s of the transformers scorer over those of a plain loop of model(**batch) with padding,
+                         in corpus order, with as many tokens in a batch, and log_softmax over its logits
+labels_bytes_per_token   size of labels/lacy over its tokens
+signals_bytes_per_token  size of signals over its tokens, with --no-text
+
+Start-up (imports, loading models) is left out everywhere: a run's clock starts when each worker has finished its first
+part. Each ratio is the median over rounds that alternate between the two sides. Without CORPUS: the sample that
+`make demo` fetched. The last line is one JSON object.
+"""
+
+import argparse
+import gzip
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import islice
+from pathlib import Path
+
+for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ[_name] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import numpy as np
+
+from labelers import grammar, models, reference, tokenize
+
+BATCH_TOKENS = 2048
+LACY = Path(sys.executable).with_name("lacy")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("corpus", nargs="?", type=Path)
+    parser.add_argument("--documents", type=int, default=500, help="for the grammar")
+    parser.add_argument("--scored", type=int, default=100, help="for the reference and the sizes")
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    rows = load(arguments.corpus, max(arguments.documents, arguments.scored))
+    with tempfile.TemporaryDirectory() as folder:
+        many = write(Path(folder) / "many.jsonl", rows[: arguments.documents])
+        few = write(Path(folder) / "few.jsonl", rows[: arguments.scored])
+        result = {
+            "grammar_vs_bare": grammar_vs_bare(many, rows[: arguments.documents], Path(folder), arguments.rounds),
+            "scorer_vs_plain": scorer_vs_plain(rows[: arguments.scored], arguments.rounds),
+            "two_workers": two_workers(few, Path(folder), arguments.rounds),
+            **sizes(few, Path(folder)),
+        }
+    print(json.dumps({name: round(value, 3) for name, value in result.items()}))
+
+
+def load(corpus: Path | None, count: int) -> list[dict[str, str]]:
+    if corpus is not None:
+        opened = gzip.open(corpus, "rt") if corpus.suffix == ".gz" else open(corpus)
+        with opened as lines:
+            return [{key: row[key] for key in ("id", "text")} for row in map(json.loads, islice(lines, count))]
+    from lacy.demo import SAMPLE
+    from pipeline import readers, spool
+    from pipeline.sources import Range, find_files, plan
+
+    if not SAMPLE.exists():
+        sys.exit("no corpus: name one, or run `make demo` first")
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for item in plan(find_files([str(SAMPLE)]), 1 << 20):
+            for part in [item] if isinstance(item, Range) else spool.cut(item, Path(folder), 1 << 20, set()):
+                for text in readers.read(part).texts:
+                    pieces = [text[start : start + 2000] for start in range(0, len(text), 2000)]
+                    rows += [{"id": str(len(rows) + number), "text": piece} for number, piece in enumerate(pieces)]
+    return rows[:count]
+
+
+def write(path: Path, rows: list[dict[str, str]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def label(corpus: Path, out: Path, workers: int, *options: str) -> float:
+    """Tokens/s from when each worker has finished its first part."""
+    size = max(1024, corpus.stat().st_size // (20 * workers))
+    command = [LACY, "label", corpus, "--out", out, "--workers", workers, "--part-bytes", size, *options]
+    subprocess.run([*map(str, command)], check=True, capture_output=True)
+    manifest = json.loads((out / "manifest.json").read_text())
+    done = sorted(
+        ((out / "signals" / f"{part['name']}.parquet").stat().st_mtime, part["tokens"])
+        for part in manifest["parts"]
+        if part["rows"]
+    )
+    return sum(tokens for _, tokens in done[workers:]) / (done[-1][0] - done[workers - 1][0])
+
+
+def grammar_vs_bare(corpus: Path, rows: list[dict[str, str]], folder: Path, rounds: int) -> float:
+    nlp = grammar.load_pipeline()
+    texts = [row["text"] for row in rows]
+    target = tokenize.load(models.resolve("smollm2-135m"))
+    tokens = len(tokenize.encode(target, texts).ids)
+    ratios = []
+    for number in range(rounds):
+        began = time.perf_counter()
+        for _ in nlp.pipe(texts):
+            pass
+        bare = tokens / (time.perf_counter() - began)
+        out = folder / f"grammar-{number}"
+        ours = label(corpus, out, 1, "--reference", "none", "--tokenizer", target.name, "--policy", "factual")
+        print(f"grammar: pipeline {ours:,.0f} tokens/s, bare nlp.pipe {bare:,.0f}", flush=True)
+        ratios.append(ours / bare)
+    return statistics.median(ratios)
+
+
+def scorer_vs_plain(rows: list[dict[str, str]], rounds: int) -> float:
+    model = models.resolve("smollm2-135m")
+    tokens = tokenize.encode(tokenize.load(model), [row["text"] for row in rows])
+    documents = [ids[:2048] for ids in np.split(tokens.ids, tokens.offsets[1:-1])]
+    scorer = reference.load("transformers", model, dtype="float32", device="cpu", max_batch_tokens=BATCH_TOKENS)
+    plain = plain_loop(model)
+    total = sum(map(len, documents))
+    ratios = []
+    for _ in range(rounds):
+        seconds = []
+        for score in (plain, scorer.score):
+            began = time.perf_counter()
+            score(documents)
+            seconds.append(time.perf_counter() - began)
+        print(f"scorer: {total / seconds[1]:,.0f} tokens/s, plain loop {total / seconds[0]:,.0f}", flush=True)
+        ratios.append(seconds[0] / seconds[1])
+    return statistics.median(ratios)
+
+
+def plain_loop(model: str):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    torch.set_num_threads(1)
+
+    @torch.inference_mode()
+    def score(documents: list[np.ndarray]) -> None:
+        batch: list[np.ndarray] = []
+        for document in [*documents, None]:
+            longest = max([0, *map(len, batch), 0 if document is None else len(document)])
+            if batch and (document is None or longest * (len(batch) + 1) > BATCH_TOKENS):
+                width = max(map(len, batch))
+                ids = torch.zeros(len(batch), width, dtype=torch.long)
+                mask = torch.zeros(len(batch), width, dtype=torch.long)
+                for row, tokens in enumerate(batch):
+                    ids[row, : len(tokens)] = torch.from_numpy(tokens.astype(np.int64))
+                    mask[row, : len(tokens)] = 1
+                logits = network(input_ids=ids, attention_mask=mask).logits
+                logprobs = torch.log_softmax(logits[:, :-1].float(), -1)
+                logprobs.gather(-1, ids[:, 1:, None])
+                batch = []
+            if document is not None:
+                batch.append(document)
+
+    return score
+
+
+def two_workers(corpus: Path, folder: Path, rounds: int) -> float:
+    ratios = []
+    for number in range(rounds):
+        one, two = (label(corpus, folder / f"workers-{count}-{number}", count) for count in (1, 2))
+        print(f"workers: two {two:,.0f} tokens/s, one {one:,.0f}", flush=True)
+        ratios.append(two / one)
+    return statistics.median(ratios)
+
+
+def sizes(corpus: Path, folder: Path) -> dict[str, float]:
+    """Of parts as large as the default makes them for a large corpus."""
+    out = folder / "sizes"
+    command = [LACY, "label", corpus, "--out", out, "--no-text", "--part-bytes", 1 << 20, "--workers", 1]
+    subprocess.run([*map(str, command)], check=True, capture_output=True)
+    tokens = json.loads((out / "manifest.json").read_text())["tokens"]
+    found = {}
+    for name, part in (("labels", "labels/lacy"), ("signals", "signals")):
+        size = sum(path.stat().st_size for path in (out / part).glob("*.parquet"))
+        found[f"{name}_bytes_per_token"] = size / tokens
+    return found
+
+
+if __name__ == "__main__":
+    main()

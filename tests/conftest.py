@@ -1,0 +1,57 @@
+"""What many tests share: a small language model with its own tokenizer, made here from a config, and the real command."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(_name, "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+LACY = Path(sys.executable).with_name("lacy")
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory) -> Path:
+    """A Llama with random weights, 2 layers, and a byte-level BPE of 1,000 entries: an ordinary model folder."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from pipeline.tokenizer import train
+    from tests.pipeline import corpora
+
+    folder = tmp_path_factory.mktemp("models") / "small"
+    corpus = corpora.write(folder.parent / "c.jsonl", corpora.documents(200, seed=9))
+    _, entries = train([str(corpus)], folder, vocab_size=1000)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=entries,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=256,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    LlamaForCausalLM(config).save_pretrained(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dev_data() -> Path:
+    """Real text with marked facts; tests that need it skip without."""
+    folder = os.environ.get("LACY_DEV_DATA")
+    if not folder or not (Path(folder) / "dwiki-dev.jsonl.gz").exists():
+        pytest.skip("LACY_DEV_DATA names no folder with dwiki-dev.jsonl.gz")
+    return Path(folder)
+
+
+def run_lacy(*arguments: object, **options) -> subprocess.CompletedProcess[str]:
+    """The real command, in a process of its own."""
+    options = {"timeout": 300, "stdin": subprocess.DEVNULL} | options
+    return subprocess.run([LACY, *map(str, arguments)], capture_output=True, text=True, **options)

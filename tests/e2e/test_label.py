@@ -1,0 +1,379 @@
+"""`lacy label` as a user runs it: to the end, interrupted, killed, with other options, on bad input."""
+
+import bz2
+import gzip
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow.parquet as pq
+import pytest
+from tokenizers import Tokenizer
+
+from tests.conftest import LACY, run_lacy
+from tests.pipeline import corpora
+
+PART_BYTES = 4096
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    """Three files, one of them a stream: about 60,000 tokens in some 60 parts."""
+    folder = tmp_path_factory.mktemp("corpus")
+    corpora.write(folder / "a.jsonl", corpora.documents(150, seed=1))
+    corpora.write(folder / "b.jsonl.gz", corpora.documents(100, seed=2))
+    corpora.write(folder / "c.parquet", corpora.documents(50, seed=3))
+    return folder
+
+
+def arguments(corpus, out, model, *more) -> list[object]:
+    return ["label", corpus, "--out", out, "--reference", model, "--part-bytes", PART_BYTES, *more]
+
+
+@pytest.fixture(scope="module")
+def labelled(corpus, small_model, tmp_path_factory) -> Path:
+    """The dataset that an undisturbed run with one worker writes."""
+    out = tmp_path_factory.mktemp("labelled") / "dataset"
+    done = run_lacy(*arguments(corpus, out, small_model, "--workers", 1))
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def digests(dataset: Path) -> dict[str, str]:
+    """Of every file that counts, by its place in the dataset."""
+    files = [path for path in dataset.rglob("*") if path.is_file() and path.name != ".lock"]
+    return {str(path.relative_to(dataset)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files)}
+
+
+def rows(dataset: Path, kind: str = "signals") -> list[dict]:
+    return [row for path in sorted((dataset / kind).glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
+
+
+def test_every_document_is_labelled(labelled, corpus):
+    manifest = json.loads((labelled / "manifest.json").read_text())
+    assert manifest["state"] == "complete"
+    assert (manifest["documents"], manifest["bad"]) == (300, 0)
+    expected = {row["id"]: row["text"] for seed in (1, 2, 3) for row in corpora.documents([150, 100, 50][seed - 1], seed)}
+    found = rows(labelled)
+    assert {row["doc_id"]: row["text"] for row in found} == expected
+    assert len(manifest["parts"]) > 30
+    assert {path.name for path in labelled.iterdir()} <= {"manifest.json", "signals", "labels", "tokenizer", ".lock"}
+
+
+def test_tokens_decode_to_the_text_and_offsets_point_into_it(labelled):
+    tokenizer = Tokenizer.from_file(str(labelled / "tokenizer" / "tokenizer.json"))
+    for row in rows(labelled):
+        assert tokenizer.decode(row["token_ids"], skip_special_tokens=False) == row["text"]
+        assert row["token_starts"][0] == 0 and row["token_ends"][-1] == len(row["text"])
+        assert len({len(row[name]) for name in ("token_ids", "factual", "pos", "ent_type", "ref_nll", "ref_correct")}) == 1
+        assert row["ref_nll"][0] is None and None not in row["ref_nll"][1:]
+
+
+def test_the_share_is_the_budget_and_first_tokens_are_learnt(labelled, tmp_path):
+    tokens = json.loads((labelled / "manifest.json").read_text())["tokens"]
+    for policy, budget in (("lacy", 0.02), ("lacy", 0.05), ("loss", 0.15), ("loss", 0.3), ("random", 0.3)):
+        done = run_lacy("decide", labelled, "--policy", policy, "--budget", budget, "--name", f"{policy}-{budget}")
+        assert done.returncode == 0, done.stderr
+        labels = [row["label"] for row in rows(labelled, f"labels/{policy}-{budget}")]
+        assert sum(label.count(1) for label in labels) == round(budget * tokens)
+        assert all(label[0] == 0 for label in labels)
+    delegated = [
+        (row["factual"], row["label"]) for row in rows(labelled, "labels/lacy-0.05")
+    ]
+    assert all(not label or factual for pair in delegated for factual, label in zip(*pair, strict=True))
+
+
+def test_labels_join_the_signals(labelled):
+    for signals, labels in zip(rows(labelled), rows(labelled, "labels/lacy"), strict=True):
+        assert all(signals[name] == labels[name] for name in ("doc_id", "token_ids", "factual", "ref_nll"))
+        picked = [nll for nll, label in zip(labels["ref_nll"], labels["label"], strict=True) if label]
+        kept = [
+            nll
+            for nll, label, factual in zip(labels["ref_nll"], labels["label"], labels["factual"], strict=True)
+            if factual and not label and nll is not None
+        ]
+        threshold = json.loads((labelled / "labels" / "lacy" / "policy.json").read_text())["threshold"]
+        assert min(picked, default=threshold) >= threshold >= max(kept, default=threshold)
+
+
+def test_check_is_satisfied_and_finds_damage(labelled, tmp_path):
+    import shutil
+
+    done = run_lacy("check", labelled)
+    assert done.returncode == 0 and done.stdout.strip().endswith("sound")
+    damaged = tmp_path / "damaged"
+    shutil.copytree(labelled, damaged)
+    signals = sorted((damaged / "signals").glob("*.parquet"))
+    data = bytearray(signals[0].read_bytes())
+    data[len(data) // 2] ^= 1
+    signals[0].write_bytes(data)
+    signals[1].unlink()
+    labels = sorted((damaged / "labels" / "lacy").glob("*.parquet"))
+    labels[2].write_bytes(labels[3].read_bytes())
+    (damaged / "signals" / "part-stray.parquet").write_bytes(b"")
+    done = run_lacy("check", damaged)
+    assert done.returncode == 1
+    lines = done.stdout.splitlines()
+    assert any(signals[0].name in line and "checksum" in line for line in lines)
+    assert any(signals[1].name in line and "missing" in line for line in lines)
+    assert any(labels[2].name in line and "labels/lacy" in line and "checksum" in line for line in lines)
+    assert any("part-stray" in line and "not in the manifest" in line for line in lines)
+
+
+def test_a_finished_run_has_nothing_to_do(labelled, corpus, small_model):
+    before = digests(labelled)
+    started = time.monotonic()
+    done = run_lacy(*arguments(corpus, labelled, small_model, "--workers", 2))
+    assert done.returncode == 0, done.stderr
+    assert digests(labelled) == before
+    assert time.monotonic() - started < 60
+
+
+def test_other_options_are_refused(labelled, corpus, small_model):
+    before = digests(labelled)
+    for more, message in (
+        (["--attributes"], "--attributes false, not true"),
+        (["--window", "64"], "--window null, not 64"),
+        (["--limit", "5"], "--limit null, not 5"),
+    ):
+        done = run_lacy(*arguments(corpus, labelled, small_model, *more))
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+        assert message in done.stderr
+    done = run_lacy(*arguments(corpus / "a.jsonl", labelled, small_model))
+    assert done.returncode == 1 and "other corpus files" in done.stderr
+    assert digests(labelled) == before
+
+
+def test_three_workers_write_the_same_bytes(labelled, corpus, small_model, tmp_path):
+    done = run_lacy(*arguments(corpus, tmp_path / "d", small_model, "--workers", 3))
+    assert done.returncode == 0, done.stderr
+    assert digests(tmp_path / "d") == digests_of_a_fresh(labelled)
+
+
+def digests_of_a_fresh(labelled: Path) -> dict[str, str]:
+    """Without the label sets that other tests decided."""
+    return {
+        name: digest
+        for name, digest in digests(labelled).items()
+        if not name.startswith("labels/") or name.startswith("labels/lacy/")
+    }
+
+
+def test_killed_at_random_moments_and_run_again(labelled, corpus, small_model, tmp_path):
+    random_ = random.Random(5)
+    command = arguments(corpus, tmp_path / "d", small_model, "--workers", 2)
+    parts: list[int] = []
+    for _ in range(5):
+        process = subprocess.Popen(
+            [LACY, *map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        _wait_for_parts(process, tmp_path / "d", (parts[-1] if parts else 0) + random_.randint(0, 6))
+        time.sleep(random_.uniform(0, 2))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        parts.append(len(list((tmp_path / "d" / ".parts").glob("*.json"))))
+    assert parts == sorted(parts) and parts[0] < parts[-1]
+    done = run_lacy(*command)
+    assert done.returncode == 0, done.stderr
+    assert digests(tmp_path / "d") == digests_of_a_fresh(labelled)
+
+
+def test_a_killed_worker_ends_the_run_and_a_rerun_completes_it(labelled, corpus, small_model, tmp_path):
+    command = arguments(corpus, tmp_path / "d", small_model, "--workers", 2)
+    process = subprocess.Popen([LACY, *map(str, command)], stderr=subprocess.PIPE, text=True)
+    _wait_for_parts(process, tmp_path / "d", 2)
+    workers = _workers(process.pid)
+    assert len(workers) >= 2
+    workers[0].kill()
+    killed = time.monotonic()
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert time.monotonic() - killed < 30
+    assert "worker process was killed" in stderr.splitlines()[-1]
+    assert "Traceback" not in stderr
+    assert not [worker for worker in workers if worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE]
+    done = run_lacy(*command)
+    assert done.returncode == 0, done.stderr
+    assert "going on" in done.stderr
+    assert digests(tmp_path / "d") == digests_of_a_fresh(labelled)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_ctrl_c_leaves_a_dataset_that_can_go_on(labelled, corpus, small_model, tmp_path, workers):
+    command = arguments(corpus, tmp_path / "d", small_model, "--workers", workers)
+    process = subprocess.Popen([LACY, *map(str, command)], stderr=subprocess.PIPE, text=True, start_new_session=True)
+    _wait_for_parts(process, tmp_path / "d", 2)
+    children = _workers(process.pid)
+    os.killpg(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "run the same command to go on" in stderr and "Traceback" not in stderr
+    assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+    for command_ in (["stats", tmp_path / "d"], ["check", tmp_path / "d"]):
+        done = run_lacy(*command_)
+        assert done.returncode == 1 and "not finished" in done.stderr
+    done = run_lacy(*command)
+    assert done.returncode == 0, done.stderr
+    assert digests(tmp_path / "d") == digests_of_a_fresh(labelled)
+
+
+def test_two_runs_do_not_write_at_once(corpus, small_model, tmp_path):
+    command = [LACY, *map(str, arguments(corpus, tmp_path / "d", small_model, "--workers", 1))]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    try:
+        _wait_for_parts(process, tmp_path / "d", 1)
+        done = run_lacy(*command[1:])
+        assert done.returncode == 1 and "another run is writing" in done.stderr
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _wait_for_parts(process: subprocess.Popen, dataset: Path, count: int) -> None:
+    deadline = time.monotonic() + 120
+    while len(list((dataset / ".parts").glob("*.json"))) < count:
+        assert process.poll() is None, "the run ended before it could be disturbed"
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def _workers(pid: int) -> list[psutil.Process]:
+    children = psutil.Process(pid).children(recursive=True)
+    return [child for child in children if "sdk_worker_main" in " ".join(child.cmdline())]
+
+
+# Bad input
+
+
+@pytest.fixture(scope="module")
+def bad_corpus(tmp_path_factory) -> tuple[Path, int, int]:
+    """A folder of good and bad records, and how many of each it has."""
+    folder = tmp_path_factory.mktemp("bad")
+    good = corpora.documents(12, seed=20)
+    lines = [
+        b"{not json",
+        b'{"id": "no-text"}',
+        b'{"id": "number", "text": 5}',
+        b'{"id": "empty", "text": ""}',
+        b'{"id": "latin", "text": "caf\xe9"}',
+        b'{"id": "surrogate", "text": "\\ud800"}',
+    ]
+    mixed = [line for pair in zip(lines, corpora.jsonl(good[:6]).splitlines(), strict=True) for line in pair]
+    (folder / "a.jsonl").write_bytes(b"\n".join(mixed) + b"\n")
+    (folder / "b.jsonl").write_bytes(
+        corpora.jsonl([{"id": "nul", "text": "Ada\x00Byron was born in Leeds."}, good[0], *good[6:8], good[6]])
+    )  # two duplicates: good[0] of another file, good[6] of this one
+    (folder / "c.jsonl.gz").write_bytes(gzip.compress(corpora.jsonl(corpora.documents(400, seed=21)))[:8000])
+    (folder / "d.jsonl.bz2").write_bytes(bz2.compress(b"x" * 1000)[:20])
+    path = corpora.write(folder / "e.parquet", corpora.documents(20, seed=22))
+    path.write_bytes(path.read_bytes()[:-100])
+    (folder / "f.txt").write_bytes(b"")
+    (folder / "g.jsonl").write_bytes(b"")
+    (folder / "h.jsonl").mkdir()
+    (folder / "i.jsonl").symlink_to(folder / "nowhere")
+    return folder, 6 + 1 + 2, 6 + 2 + 1 + 1 + 1 + 1
+
+
+def test_bad_input_ends_as_dead_letters(bad_corpus, small_model, tmp_path):
+    folder, good, bad = bad_corpus
+    out = tmp_path / "d"
+    done = run_lacy(*arguments(folder, out, small_model, "--workers", 2))
+    assert done.returncode == 0, done.stderr
+    manifest = json.loads((out / "manifest.json").read_text())
+    letters = [json.loads(line) for path in sorted((out / "deadletter").iterdir()) for line in path.read_text().splitlines()]
+    by_file: dict[str, list[str]] = {}
+    for letter in letters:
+        by_file.setdefault(Path(letter["source"]).name, []).append(letter["reason"])
+    assert len(by_file.pop("a.jsonl")) == 6
+    assert by_file.pop("b.jsonl") == ["the id occurs before in the corpus"] * 2
+    assert by_file.pop("c.jsonl.gz")[0].startswith("gzip stream breaks off")
+    assert by_file.pop("d.jsonl.bz2")[0].startswith("bzip2 stream breaks off")
+    assert by_file.pop("e.parquet")[0].startswith("cannot read")
+    assert by_file.pop("f.txt") == ["text is empty"]
+    assert by_file == {}
+    from_stream = sum("c.jsonl.gz" in row["source"] for row in rows(out))
+    assert from_stream > 10
+    assert manifest["documents"] == len(rows(out)) == good + from_stream
+    assert manifest["bad"] == len(letters) == bad
+    assert f"{bad} bad records" in done.stderr
+    assert any(row["doc_id"] == "nul" and "\x00" in row["text"] for row in rows(out))
+    assert run_lacy("check", out).returncode == 0
+
+
+def test_max_bad_fails_the_run(bad_corpus, small_model, tmp_path):
+    command = arguments(bad_corpus[0] / "a.jsonl", tmp_path / "d", small_model, "--workers", 1)
+    done = run_lacy(*command, "--max-bad", "0.1")
+    assert done.returncode == 1 and "6 of 12 records are bad" in done.stderr
+    done = run_lacy(*command, "--max-bad", "0.6")
+    assert done.returncode == 0, done.stderr
+
+
+def test_corpora_without_a_document(small_model, tmp_path):
+    (tmp_path / "empty.jsonl").write_bytes(b"\n")
+    (tmp_path / "folder").mkdir()
+    for corpus, message in (
+        ("empty.jsonl", "the corpus is empty"),
+        ("folder", "no file matches"),
+        ("none.jsonl", "no file matches"),
+    ):
+        done = run_lacy(*arguments(tmp_path / corpus, tmp_path / f"d-{corpus}", small_model, "--workers", 1))
+        assert done.returncode == 1 and done.stderr.count("\n") == 1
+        assert message in done.stderr
+
+
+def test_a_document_of_five_megabytes_on_one_line(small_model, tmp_path):
+    text = "".join(row["text"].replace("\n", " ") + " " for row in corpora.documents(14000, seed=4))[: 5 << 20]
+    assert len(text) == 5 << 20
+    around = corpora.documents(2, seed=30)
+    corpora.write(tmp_path / "c.jsonl", [around[0], {"id": "big", "text": text}, around[1]])
+    done = run_lacy(
+        "label", tmp_path / "c.jsonl", "--out", tmp_path / "d", "--reference", "none", "--tokenizer", small_model,
+        "--policy", "factual", timeout=560,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = {row["doc_id"]: row for row in rows(tmp_path / "d")}
+    assert set(found) == {"big", around[0]["id"], around[1]["id"]}
+    assert found["big"]["text"] == text and found["big"]["token_ends"][-1] == len(text)
+    assert 0.05 < np.mean(found["big"]["factual"]) < 0.6
+
+
+def test_another_tokenizer_conserves_each_documents_loss(labelled, corpus, small_model, tmp_path):
+    done = run_lacy("tokenizer", corpus, "--out", tmp_path / "t", "--vocab-size", 400)
+    assert done.returncode == 0, done.stderr
+    done = run_lacy(*arguments(corpus / "a.jsonl", tmp_path / "d", small_model, "--tokenizer", tmp_path / "t"))
+    assert done.returncode == 0, done.stderr
+    own = {row["doc_id"]: row for row in rows(labelled)}
+    other = rows(tmp_path / "d")
+    assert len(other) == 150 and len(other[0]["token_ids"]) > len(own[other[0]["doc_id"]]["token_ids"])
+    for row in other:
+        total = sum(nll for nll in row["ref_nll"] if nll is not None)
+        assert total == pytest.approx(sum(own[row["doc_id"]]["ref_nll"][1:]), rel=1e-4, abs=1e-3)
+        assert row["ref_nll"][0] is None
+    assert run_lacy("check", tmp_path / "d").returncode == 0
+
+
+def test_a_student_adds_its_loss(corpus, small_model, tmp_path):
+    out = tmp_path / "d"
+    command = arguments(corpus / "c.parquet", out, small_model, "--student", small_model, "--policy", "gain", "--no-text")
+    done = run_lacy(*command)
+    assert done.returncode == 0, done.stderr
+    for row in rows(out):
+        assert row["student_nll"] == row["ref_nll"] and "text" not in row
+    assert "student_nll" in rows(out, "labels/gain")[0]
+    assert run_lacy("decide", out, "--policy", "rho", "--action", "ignore").returncode == 0
+    assert {2, 0} == {label for row in rows(out, "labels/rho") for label in row["label"]}
+    assert run_lacy("check", out).returncode == 0
+
+
+def test_a_limit_takes_the_first_documents(corpus, small_model, tmp_path):
+    done = run_lacy(*arguments(corpus, tmp_path / "d", small_model, "--limit", 170, "--workers", 1))
+    assert done.returncode == 0, done.stderr
+    expected = [row["id"] for row in corpora.documents(150, 1) + corpora.documents(100, 2)[:20]]
+    assert [row["doc_id"] for row in rows(tmp_path / "d")] == expected
