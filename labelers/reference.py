@@ -44,7 +44,7 @@ class Scorer(Protocol):
         ...
 
     def close(self) -> None:
-        """Free the model; the scorer cannot be used after it."""
+        """Free the model; the scorer cannot be used after it. Closing twice is harmless."""
         ...
 
 

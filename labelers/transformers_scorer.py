@@ -64,7 +64,8 @@ class TransformersScorer:
                 )
         except (OSError, ValueError) as error:
             raise ModelError(f"cannot load the model {model!r}: {' '.join(str(error).split())[:300]}") from error
-        self.model = loaded.to(self.device).eval()
+        self.model = loaded.eval()
+        self.model.to(self.device)
         config = self.model.config.get_text_config()
         context = getattr(config, "max_position_embeddings", None)
         self.window, self.overlap = settle_window(context, window, overlap, bos)
@@ -103,7 +104,7 @@ class TransformersScorer:
         return finish(nll, correct, faults)
 
     def close(self) -> None:
-        del self.model, self.head, self.buffer
+        self.model, self.head, self.buffer = None, None, torch.empty(0)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -22,7 +22,7 @@ def windows(n_tokens: int, size: int, overlap: int) -> list[tuple[int, int, int]
     """
     if not 0 < overlap < size:
         raise ValueError(f"overlap must lie between 1 and the window less one ({size - 1}), got {overlap}")
-    plan = []
+    plan: list[tuple[int, int, int]] = []
     score_from = 1
     while score_from < n_tokens:
         begin = max(0, score_from - overlap) if plan else 0

@@ -126,7 +126,7 @@ def label(
             threads=threads,
             trust_remote_code=trust_remote_code,
         )
-        run_label(options, policy, budget, action, seed, _beam_options)
+        run_label(options, policy, budget, action, seed, _beam_options, _debug)
 
 
 @app.command(epilog="Example:  lacy decide labelled --policy loss --budget 0.2")

@@ -14,7 +14,9 @@ from schemas.manifest import LabelSet, Manifest
 PLAIN_INTERVAL = 10.0  # seconds between progress lines where there is no terminal
 
 
-def run_label(options: Any, policy: str, budget: float, action: str, seed: int, beam_options: list[str]) -> None:
+def run_label(
+    options: Any, policy: str, budget: float, action: str, seed: int, beam_options: list[str], debug: bool
+) -> None:
     from labelers.policies import require
     from pipeline.decide import decide
     from pipeline.label import annotate
@@ -24,7 +26,9 @@ def run_label(options: Any, policy: str, budget: float, action: str, seed: int, 
     view = _LabelProgress(console)
     started = time.monotonic()
     with view:
-        manifest = annotate(options, beam_options=beam_options, on_start=view.start, on_progress=view.update)
+        manifest = annotate(
+            options, beam_options=beam_options, on_start=view.start, on_progress=view.update, debug=debug
+        )
     _tell_annotated(console, manifest, time.monotonic() - started, view.scored, options.out)
     labels = decide(options.out, policy, budget=budget, action=action, seed=seed)
     _tell_decided(console, labels, options.out)

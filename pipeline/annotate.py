@@ -7,9 +7,8 @@ What crosses the shuffle is a description of a range, not its data. Behind it al
 so a part is on disk before the next one is read, and an interrupted run loses no more than the parts in hand.
 """
 
-import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import apache_beam as beam
@@ -19,13 +18,13 @@ from apache_beam.ml.inference.base import RunInference
 from labelers import tokenize
 from pipeline import spool
 from pipeline.element import Part
-from pipeline.handlers import GrammarHandler, ScoreHandler, ScorerSpec
+from pipeline.handlers import GrammarHandler, ScoreHandler
 from pipeline.heartbeat import Heartbeat
+from pipeline.options import ScorerSpec
 from pipeline.readers import Bad, read
 from pipeline.sources import Range, Stream
-from schemas.files import sha256, write_atomic
-from schemas.manifest import PartRecord, deadletter_path, record_path, save, signals_path
-from schemas.parts import SIGNALS, select, to_parquet
+from pipeline.write import write_part
+from schemas.manifest import PartRecord
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,9 @@ class AnnotatePlan:
     part_bytes: int
     committed: frozenset[str]  # parts that are finished; of streams, whose ranges are not known yet
     tokenizer: str
-    grammar: GrammarHandler
+    spacy: str
+    rule: dict[str, bool]  # options of labelers.grammar.tag
+    alignment: str
     reference: ScorerSpec | None
     student: ScorerSpec | None
     keep_text: bool
@@ -57,7 +58,7 @@ def build(pipeline: beam.Pipeline, plan: AnnotatePlan, heartbeat: Heartbeat) -> 
         | beam.Flatten()
         | "spread parts" >> beam.Reshuffle()
         | "read" >> beam.ParDo(_Read(plan.tokenizer, heartbeat))
-        | "grammar" >> RunInference(plan.grammar)
+        | "grammar" >> RunInference(GrammarHandler(plan.spacy, plan.rule, plan.alignment))
     )
     if plan.reference:
         parts |= "reference" >> RunInference(ScoreHandler(plan.reference, "ref_nll", "ref_correct", heartbeat))
@@ -132,37 +133,6 @@ class _Write(beam.DoFn):
         spool.discard(self._dataset, part.range)
         self._heartbeat.finished(record.rows, record.tokens, record.bad, part.range.end - part.range.start)
         yield record
-
-
-def write_part(
-    dataset: Path, name: str, source: str, table: pa.Table, bad: tuple[Bad, ...], skipped: int
-) -> PartRecord:
-    """Write the files of a part and, last, its record. Writing it again gives the same bytes."""
-    data: memoryview | bytes = b""
-    if table.num_rows:
-        data = memoryview(to_parquet(table.select(select(SIGNALS, table.schema.names).names).cast(_cast(table))))
-        write_atomic(signals_path(dataset, name), data)
-    letters = b"".join(json.dumps(asdict(letter), ensure_ascii=False).encode() + b"\n" for letter in bad)
-    if letters:
-        write_atomic(deadletter_path(dataset, name), letters)
-    record = PartRecord(
-        name=name,
-        source=source,
-        rows=table.num_rows,
-        tokens=len(table.column("token_ids").combine_chunks().flatten()),
-        factual=table.column("factual").combine_chunks().flatten().true_count if table.num_rows else 0,
-        bad=len(bad),
-        skipped=skipped,
-        bytes=len(data),
-        sha256=sha256(data),
-        deadletter_sha256=sha256(letters) if letters else "",
-    )
-    save(record_path(dataset, name), record)
-    return record
-
-
-def _cast(table: pa.Table) -> pa.Schema:
-    return select(SIGNALS, table.schema.names)
 
 
 def _duplicate(source: str, place: str, doc_id: str) -> Bad:

@@ -2,15 +2,16 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from apache_beam.ml.inference.base import ModelHandler
 
-from labelers import align, grammar, reference, tokenize
+from labelers import align, reference, tokenize
 from pipeline.element import Part
 from pipeline.heartbeat import Heartbeat
+from pipeline.options import ScorerSpec
 
 
 class _PartHandler(ModelHandler[Part, Part, Any]):
@@ -26,17 +27,20 @@ class _PartHandler(ModelHandler[Part, Part, Any]):
 class GrammarHandler(_PartHandler):
     """Adds `factual`, `pos` and `ent_type`."""
 
-    def __init__(self, spacy: str, *, attributes: bool, headings: bool, alignment: str):
-        self._spacy, self._alignment = spacy, alignment
-        self._rule = {"attributes": attributes, "headings": headings}
+    def __init__(self, spacy: str, rule: dict[str, bool], alignment: str):
+        self._spacy, self._rule, self._alignment = spacy, rule, alignment
 
     def load_model(self) -> Any:
+        from labelers import grammar  # spaCy takes seconds to import: only where it is used
+
         return grammar.load_pipeline(self._spacy)
 
     def run_inference(
         self, batch: Sequence[Part], model: Any, inference_args: dict[str, Any] | None = None
     ) -> Iterable[Part]:
         part: Part = batch  # type: ignore[assignment]
+        from labelers import grammar
+
         texts, tokens = part.texts(), part.tokens()
         words = grammar.tag(model, texts, **self._rule)
         word = align.token_words(tokens, texts, words.doc, words.start, words.end, policy=self._alignment)
@@ -50,16 +54,6 @@ class GrammarHandler(_PartHandler):
                 ent_type=tokens.lists(signals["ent_type"].astype(np.uint8)),
             )
         ]
-
-
-@dataclass(frozen=True)
-class ScorerSpec:
-    """Which model scores, and how; what `labelers.reference.load` needs, and its tokenizer."""
-
-    model: str
-    scorer: Literal["transformers", "vllm"]
-    arguments: dict[str, Any]
-    tokenizer: str | None  # None: the target's own
 
 
 @dataclass

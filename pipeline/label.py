@@ -20,14 +20,13 @@ import numpy as np
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
-from labelers import grammar, models, tokenize
+from labelers import GRAMMAR_VERSION, models, tokenize
 from pipeline import local, spool
-from pipeline.annotate import AnnotatePlan, build, write_part
-from pipeline.handlers import GrammarHandler, ScorerSpec
 from pipeline.heartbeat import Counts
-from pipeline.options import LabelOptions
+from pipeline.options import LabelOptions, ScorerSpec
 from pipeline.readers import Bad, read
 from pipeline.sources import CorpusError, Range, Stream, default_part_bytes, find_files, plan
+from pipeline.write import write_part
 from schemas.files import remove_temporary
 from schemas.manifest import (
     DatasetError,
@@ -60,6 +59,7 @@ def annotate(
     beam_options: list[str] | None = None,
     on_start: Callable[[Outlook], None] | None = None,
     on_progress: Callable[[Counts], None] | None = None,
+    debug: bool = False,
 ) -> Manifest:
     """Measure every document of the corpus and return the manifest of the finished dataset.
 
@@ -90,7 +90,7 @@ def annotate(
             save(dataset / "manifest.json", expected)
         remove_temporary(dataset)
         tokenize.save(tokenizer, dataset / TOKENIZER)
-        _measure(options, files, dataset, reference, student, beam_options, on_start, on_progress)
+        _measure(options, files, dataset, reference, student, beam_options, on_start, on_progress, debug)
         return _finish(dataset, expected, options.max_bad)
 
 
@@ -103,6 +103,7 @@ def _measure(
     beam_options: list[str] | None,
     on_start: Callable[[Outlook], None] | None,
     on_progress: Callable[[Counts], None] | None,
+    debug: bool,
 ) -> None:
     assert options.part_bytes is not None
     planned: list[Range | Stream] = plan(files, options.part_bytes)
@@ -117,6 +118,11 @@ def _measure(
         on_start(Outlook(len(ranges), size, finished, len(streams)))
     if not ranges and not streams:
         return
+    # Beam's RunInference brings torch: a run that has nothing to measure does without.
+    from labelers import grammar
+    from pipeline.annotate import AnnotatePlan, build
+
+    grammar.load_pipeline(options.spacy)  # fails here, in one line, when there is none
     work = AnnotatePlan(
         dataset=dataset,
         ranges=ranges,
@@ -124,9 +130,9 @@ def _measure(
         part_bytes=options.part_bytes,
         committed=committed,
         tokenizer=str(dataset / TOKENIZER),
-        grammar=GrammarHandler(
-            options.spacy, attributes=options.attributes, headings=options.headings, alignment=options.align
-        ),
+        spacy=options.spacy,
+        rule={"attributes": options.attributes, "headings": options.headings},
+        alignment=options.align,
         reference=reference,
         student=student,
         keep_text=options.text,
@@ -136,6 +142,7 @@ def _measure(
         workers=options.workers,
         beam_options=beam_options,
         on_progress=on_progress,
+        debug=debug,
     )
 
 
@@ -159,7 +166,6 @@ def _models(options: LabelOptions) -> tuple[tokenize.TargetTokenizer, ScorerSpec
     trust = options.trust_remote_code
     tokenizer = tokenize.load(options.tokenizer or str(reference), trust_remote_code=trust)
     tokenizer = replace(tokenizer, name=options.tokenizer or str(options.reference))
-    grammar.load_pipeline(options.spacy)
     scorer = _best_scorer(options.device) if options.scorer == "auto" else options.scorer
 
     def spec(model: str) -> ScorerSpec:
@@ -189,7 +195,7 @@ def _best_scorer(device: str) -> Literal["transformers", "vllm"]:
 
 
 def _fingerprints(options: LabelOptions, reference: ScorerSpec | None, student: ScorerSpec | None) -> dict[str, Any]:
-    found: dict[str, Any] = {"grammar": {"rule": grammar.VERSION, "spacy": options.spacy}}
+    found: dict[str, Any] = {"grammar": {"rule": GRAMMAR_VERSION, "spacy": options.spacy}}
     named = (("reference", options.reference, reference), ("student", options.student, student))
     for role, name, spec in named:
         if spec:

@@ -6,6 +6,8 @@ reports no progress. So the graph runs in a thread of its own while the main thr
 
 import os
 import re
+import shlex
+import sys
 import tempfile
 import threading
 import time
@@ -15,6 +17,8 @@ from pathlib import Path
 import apache_beam as beam
 import psutil
 from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+from apache_beam.transforms.environments import SubprocessSDKEnvironment
 
 from pipeline.heartbeat import Counts, Heartbeat, total
 
@@ -32,10 +36,12 @@ def run(
     workers: int = 1,
     beam_options: list[str] | None = None,
     on_progress: Callable[[Counts], None] | None = None,
+    debug: bool = False,
 ) -> None:
     """Run the graph that `build` adds to a pipeline, on the runner that the Beam options name, else locally.
 
     Raises RunError when a step fails or a worker is killed, KeyboardInterrupt on Ctrl-C; no worker outlives either.
+    debug: let workers and Beam's threads write to stderr.
     """
     if any(option.startswith("--runner") for option in beam_options or []):
         with beam.Pipeline(options=PipelineOptions(beam_options, save_main_session=False)) as pipeline:
@@ -43,23 +49,19 @@ def run(
         return
     with tempfile.TemporaryDirectory(prefix="lacy-") as folder:
         heartbeat = Heartbeat(folder, os.getpid())
-        mode = "in_memory" if workers == 1 else "multi_processing"
-        options = PipelineOptions(
-            beam_options or [],
-            runner="apache_beam.runners.portability.fn_api_runner.FnApiRunner",
-            direct_num_workers=workers,
-            direct_running_mode=mode,
-            save_main_session=False,
-        )
+        options = PipelineOptions(beam_options or [], direct_num_workers=workers, save_main_session=False)
+        runner = FnApiRunner(default_environment=_worker_processes(debug) if workers > 1 else None)
         failure: list[BaseException] = []
 
         def work() -> None:
             try:
-                with beam.Pipeline(options=options) as pipeline:
+                with beam.Pipeline(runner=runner, options=options) as pipeline:
                     build(pipeline, heartbeat)
             except BaseException as error:
                 failure.append(error)
 
+        if not debug:
+            threading.excepthook = lambda _: None  # Beam's threads tell of a killed worker by a traceback
         thread = threading.Thread(target=work, daemon=True, name="beam")
         thread.start()
         try:
@@ -90,6 +92,11 @@ def _watch(thread: threading.Thread, folder: Path, on_progress: Callable[[Counts
                 "a worker process was killed (out of memory?); finished parts are kept: "
                 "run the same command again, with fewer --workers if memory is short"
             )
+
+
+def _worker_processes(debug: bool) -> SubprocessSDKEnvironment:
+    command = f"{shlex.quote(sys.executable)} -m apache_beam.runners.worker.sdk_worker_main"
+    return SubprocessSDKEnvironment.from_command_string(command if debug else f"exec {command} 2>/dev/null")
 
 
 def _workers() -> list[psutil.Process]:

@@ -1,5 +1,6 @@
 """What a labelling run is asked to do. Validated when built; the part of it that decides bytes goes to the manifest."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,3 +49,13 @@ class LabelOptions(BaseModel):
         """Every option that can change a byte of the signals."""
         apart = {"corpus", "out", "workers", "max_bad", "trust_remote_code"}
         return self.model_dump(exclude=apart)
+
+
+@dataclass(frozen=True)
+class ScorerSpec:
+    """Which model scores, and how; what `labelers.reference.load` needs, and its tokenizer."""
+
+    model: str
+    scorer: Literal["transformers", "vllm"]
+    arguments: dict[str, Any]
+    tokenizer: str | None  # None: the target's own

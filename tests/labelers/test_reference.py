@@ -156,7 +156,7 @@ def test_a_bad_document_has_an_error_and_spares_the_others(folders: dict[str, Pa
     for scores, document in zip(got[1:-1], bad, strict=True):
         assert scores.error
         assert scores.correct is None
-        assert scores.nll.shape == document.shape
+        assert scores.nll.shape == (document.size,)
         assert np.isnan(scores.nll).all()
     assert "97 at position 2" in str(got[1].error)
     assert "-1 at position 1" in str(got[2].error)

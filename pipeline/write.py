@@ -1,0 +1,40 @@
+"""A finished part on disk: its signals, its dead letters, and last its record."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pyarrow as pa
+
+from pipeline.readers import Bad
+from schemas.files import sha256, write_atomic
+from schemas.manifest import PartRecord, deadletter_path, record_path, save, signals_path
+from schemas.parts import SIGNALS, select, to_parquet
+
+
+def write_part(
+    dataset: Path, name: str, source: str, table: pa.Table, bad: tuple[Bad, ...], skipped: int
+) -> PartRecord:
+    """Write the files of a part and, last, its record. Writing it again gives the same bytes."""
+    data: memoryview | bytes = b""
+    if table.num_rows:
+        schema = select(SIGNALS, table.schema.names)
+        data = memoryview(to_parquet(table.select(schema.names).cast(schema)))
+        write_atomic(signals_path(dataset, name), data)
+    letters = b"".join(json.dumps(asdict(letter), ensure_ascii=False).encode() + b"\n" for letter in bad)
+    if letters:
+        write_atomic(deadletter_path(dataset, name), letters)
+    record = PartRecord(
+        name=name,
+        source=source,
+        rows=table.num_rows,
+        tokens=len(table.column("token_ids").combine_chunks().flatten()),
+        factual=table.column("factual").combine_chunks().flatten().true_count if table.num_rows else 0,
+        bad=len(bad),
+        skipped=skipped,
+        bytes=len(data),
+        sha256=sha256(data),
+        deadletter_sha256=sha256(letters) if letters else "",
+    )
+    save(record_path(dataset, name), record)
+    return record

@@ -1,0 +1,1 @@
+"""Questions to a dataset: a DuckDB connection, tables of figures, labelled text in colour."""
