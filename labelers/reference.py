@@ -4,6 +4,7 @@ A scorer never sees text or a tokenizer, and its result depends on nothing but t
 are loaded by `load`; neither torch nor vLLM is imported before that.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -34,12 +35,14 @@ class Scorer(Protocol):
 
     window: int  # most tokens that one forward pass reads, BOS included
 
-    def score(self, documents: list[np.ndarray]) -> list[Scores]:
+    def score(
+        self, documents: list[np.ndarray], on_tokens: Callable[[int], None] | None = None
+    ) -> list[Scores]:
         """One `Scores` per document, in order; a document is a (T,) array of integer token ids, without BOS.
 
         A document that cannot be scored (an id outside the vocabulary, not a one-dimensional integer array, scores
         that are not finite) has its `error` set, and does not touch the others. What concerns the model and not a
-        document raises.
+        document raises. `on_tokens` is told, now and then, how many more tokens have a score.
         """
         ...
 

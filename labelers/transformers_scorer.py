@@ -10,7 +10,7 @@ What makes it faster than a loop over `model(**batch)`, without changing a numbe
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -24,7 +24,7 @@ from labelers.reference import Scores, Span, fault_of, finish, plan_spans, settl
 
 log = logging.getLogger(__name__)
 
-CPU_BATCH_TOKENS = 2048
+CPU_BATCH_TOKENS = 1024  # a few percent faster than 2048 to 8192, and takes less memory
 GPU_BATCH_TOKENS = 32768
 LOGITS_BYTES = 128 << 20  # of one chunk of float32 logits
 CACHED_ROWS = 8  # rows of logits that are reduced together on a CPU: they stay in its cache
@@ -80,7 +80,9 @@ class TransformersScorer:
         if not self.plain_head:
             log.info("%s post-processes its logits: windows are scored one by one", model)
 
-    def score(self, documents: list[np.ndarray]) -> list[Scores]:
+    def score(
+        self, documents: list[np.ndarray], on_tokens: Callable[[int], None] | None = None
+    ) -> list[Scores]:
         faults = [fault_of(document, self.vocabulary) for document in documents]
         nll = [np.full(document.size, np.nan, dtype=np.float32) for document in documents]
         correct = [np.zeros(document.size, dtype=bool) for document in documents]
@@ -101,6 +103,8 @@ class TransformersScorer:
                 nll[span.document][span.score_from : span.end] = batch_nll[at : at + size]
                 correct[span.document][span.score_from : span.end] = batch_correct[at : at + size]
                 at += size
+            if on_tokens:
+                on_tokens(at)
         return finish(nll, correct, faults)
 
     def close(self) -> None:

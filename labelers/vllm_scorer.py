@@ -16,7 +16,7 @@ process's threads; a process can hold only one such engine at a time.
 import importlib.util
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,7 +96,9 @@ class VllmScorer:
             torch.set_num_threads = set_num_threads  # a CPU engine replaces it with one that does nothing
         self.by_ids = self._scores_by_ids()
 
-    def score(self, documents: list[np.ndarray]) -> list[Scores]:
+    def score(
+        self, documents: list[np.ndarray], on_tokens: Callable[[int], None] | None = None
+    ) -> list[Scores]:
         faults = [fault_of(document, self.vocabulary) for document in documents]
         nll = [np.full(document.size, np.nan, dtype=np.float32) for document in documents]
         correct = None if self.by_ids else [np.zeros(document.size, dtype=bool) for document in documents]
@@ -109,6 +111,8 @@ class VllmScorer:
                 nll[span.document][span.score_from : span.end] = answer.nll
                 if correct is not None and answer.top is not None:
                     correct[span.document][span.score_from : span.end] = answer.top
+            if on_tokens:
+                on_tokens(sum(span.end - span.score_from for span in spans))
         return finish(nll, correct, faults)
 
     def close(self) -> None:

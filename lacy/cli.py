@@ -252,7 +252,7 @@ def _line(error: Any) -> str:
         return flag + first["msg"].removeprefix("Value error, ")
     message = str(error).strip()
     known = {"CorpusError", "DatasetError", "ModelError", "TokenizerError", "PolicyError", "RunError", "SqlError"}
-    known |= {"GrammarError", "ScorerError", "UsageError"}
+    known |= {"PipelineError", "UsageError"}
     text = message.splitlines()[0] if message else type(error).__name__
     return text if type(error).__name__ in known else f"{type(error).__name__}: {text}"
 

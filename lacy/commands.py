@@ -87,9 +87,10 @@ def _tell_annotated(console: Console, manifest: Manifest, seconds: float, scored
         f"{manifest.documents:,} documents, {manifest.tokens:,} tokens in {len(manifest.parts):,} parts"
         f" ({_span(seconds)}{rate})",
         highlight=False,
+        soft_wrap=True,
     )
     if manifest.bad:
-        console.print(f"{manifest.bad:,} bad records: see {out / 'deadletter'}", highlight=False, style="yellow")
+        console.print(f"{manifest.bad:,} bad records: see {out / 'deadletter'}", highlight=False, soft_wrap=True, style="yellow")
 
 
 def _tell_decided(console: Console, labels: LabelSet, dataset: Path) -> None:
@@ -97,7 +98,7 @@ def _tell_decided(console: Console, labels: LabelSet, dataset: Path) -> None:
     note = ""
     if labels.budget is not None and labels.candidates < round(labels.budget * labels.tokens):
         note = f" (the budget is {labels.budget:.1%}, but only so many tokens can be chosen by this policy)"
-    console.print(f"labels/{labels.name}: {labels.share:.2%} of {labels.tokens:,} tokens {verb}{note}", highlight=False)
+    console.print(f"labels/{labels.name}: {labels.share:.2%} of {labels.tokens:,} tokens {verb}{note}", highlight=False, soft_wrap=True)
     if labels.tokens == 0:
         console.print(f"{dataset} has no tokens", style="yellow")
 
@@ -145,7 +146,7 @@ class _LabelProgress:
             sum(part.bad for part in finished),
         )
         if finished:
-            self._console.print(f"going on: {len(finished):,} parts are finished", highlight=False)
+            self._console.print(f"going on: {len(finished):,} parts are finished", highlight=False, soft_wrap=True)
         self._began = self._told = time.monotonic()
         if self._live:
             self._bar.start()
@@ -157,16 +158,17 @@ class _LabelProgress:
         elapsed = time.monotonic() - self._began
         total_bytes = self._bytes + counts.planned_bytes
         fraction = self._fraction(counts, total_bytes)
-        left = f", {_span(elapsed / fraction - elapsed)} left" if fraction > 0.01 and self.scored else ""
+        left = f", {_span(elapsed / fraction - elapsed)} left" if counts.parts else ""
         all_parts = parts + self._parts + counts.planned_parts
         text = (
             f"{documents + counts.documents:,} documents, {tokens + self.scored:,} tokens, "
             f"{self.scored / max(elapsed, 1e-9):,.0f} tokens/s, "
             f"{parts + counts.parts:,}/{all_parts:,} parts, {bad + counts.bad:,} bad{left}"
         )
+        if not self.scored and not counts.parts:
+            text = "loading models"
         if self._live:
-            waiting = "loading models" if not self.scored and not counts.parts else text
-            self._bar.update(self._task, total=1, completed=fraction, text=waiting)
+            self._bar.update(self._task, total=1, completed=fraction, text=text)
         elif time.monotonic() - self._told > PLAIN_INTERVAL:
             self._told = time.monotonic()
             print(f"label: {text}", file=sys.stderr, flush=True)

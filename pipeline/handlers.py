@@ -82,7 +82,7 @@ class ScoreHandler(_PartHandler):
         target = part.tokens()
         source = tokenize.encode(model.tokenizer, part.texts()) if model.tokenizer else target
         documents = np.split(source.ids, source.offsets[1:-1]) if len(part) else []
-        scores = model.scorer.score(documents)
+        scores = model.scorer.score(documents, on_tokens=self._heartbeat.scored)
         lengths = [len(document) for document in documents]
         nll = _flat([score.nll for score in scores], lengths, np.nan, np.float32)
         correct = None

@@ -59,6 +59,8 @@ def kind_of(path: str) -> tuple[str, str] | None:
     compression = COMPRESSIONS.get(suffix, "")
     if compression:
         suffix = os.path.splitext(stem)[1]
+    if suffix.startswith(".xml-p"):  # a piece of a large dump: enwiki-latest-pages-articles1.xml-p1p41242.bz2
+        suffix = ".xml"
     form = FORMATS.get(suffix)
     if form is None or (compression and form == "parquet"):
         return None

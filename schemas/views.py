@@ -147,7 +147,7 @@ WITH documents AS NOT MATERIALIZED ({documents}),
 pieces AS NOT MATERIALIZED (
     SELECT *,
         regexp_extract_all(text, '(?s).{{1,{_PIECE}}}') AS pieces,
-        [i FOR stop, i IN token_ends IF stop - token_starts[i] > {_PIECE}] AS long_tokens
+        [i FOR i IN range(1, len(token_ends) + 1) IF token_ends[i] - token_starts[i] > {_PIECE}] AS long_tokens
     FROM documents
 ),
 places AS NOT MATERIALIZED (

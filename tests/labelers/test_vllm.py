@@ -173,6 +173,31 @@ def test_scores_by_ids() -> None:
     assert _read(prompt, SimpleNamespace(prompt_token_id_logprobs=np.array([[-2.0]]))) is None
 
 
+@needs_vllm
+def test_requests_by_ids_name_the_scored_tokens(engine: VllmScorer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No CPU engine takes ids; this one checks the request as vLLM defines it, and scores a token by its id."""
+
+    def generate(inputs: list[dict], parameters: list, use_tqdm: bool) -> list[SimpleNamespace]:
+        answers = []
+        for prompt, wanted in zip(inputs, parameters, strict=True):
+            ids, start = prompt["prompt_token_ids"], wanted.prompt_logprob_start
+            rows = wanted.prompt_logprob_token_ids
+            assert rows.shape == (len(ids) - 1 - start, 1)
+            assert rows[:, 0].tolist() == ids[start + 1 :]
+            answers.append(SimpleNamespace(prompt_token_id_logprobs=-rows.astype(np.float32)))
+        return answers
+
+    monkeypatch.setattr(engine, "llm", SimpleNamespace(generate=generate))
+    monkeypatch.setattr(engine, "by_ids", True)
+    for bos in (None, 3):
+        monkeypatch.setattr(engine, "bos", bos)
+        texts = documents(200, WINDOW, 2, 1, 0)
+        for document, scores in zip(texts, engine.score(texts), strict=True):
+            assert scores.error is None
+            assert scores.correct is None
+            np.testing.assert_array_equal(scores.nll[1:], document[1:])
+
+
 def test_slices_are_bounded_and_keep_order() -> None:
     spans = [Span(index, 0, size, 1) for index, size in enumerate([5, 5, 1, 12, 3])]
     assert [[span.document for span in batch] for batch in slices(spans, 10)] == [[0, 1], [2], [3], [4]]

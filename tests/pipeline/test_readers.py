@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pipeline import readers, spool
 from pipeline.readers import read
-from pipeline.sources import CorpusError, Range, Stream, default_part_bytes, find_files, plan
+from pipeline.sources import CorpusError, Range, Stream, default_part_bytes, find_files, kind_of, plan
 from tests.pipeline import corpora
 
 
@@ -276,3 +276,11 @@ def test_dead_letters_are_json(tmp_path):
         "reason": 'a "quoted" reason',
         "doc_id": "id",
     }
+
+
+def test_kinds_by_suffix():
+    assert kind_of("enwiki-latest-pages-articles1.xml-p1p41242.bz2") == ("xml", "bzip2")
+    assert kind_of("enwiki-latest-pages-articles1.xml-p1p41242") == ("xml", "")
+    assert kind_of("A.JSONL.GZ") == ("jsonl", "gzip")
+    assert kind_of("a.parquet") == ("parquet", "")
+    assert kind_of("a.parquet.gz") is None and kind_of("a.gz") is None and kind_of("a.md") is None

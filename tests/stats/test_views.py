@@ -1,3 +1,4 @@
+import json
 import sys
 import time
 
@@ -142,31 +143,25 @@ def test_space_is_what_python_calls_space():
     letters = [chr(code) for code in range(sys.maxunicode + 1) if not 0xD800 <= code < 0xE000]
     with duckdb.connect() as connection:
         found = connection.execute(
-            f"SELECT letter FROM (SELECT unnest(?::VARCHAR[]) AS letter) WHERE regexp_matches(letter, '[{views._SPACE}]')",
-            [letters],
+            "SELECT letter FROM (SELECT unnest(?::VARCHAR[]) AS letter) WHERE regexp_matches(letter, ?)",
+            [letters, f"[{views._SPACE}]"],
         ).fetchall()
     assert {letter for (letter,) in found} == {letter for letter in letters if letter.isspace()}
 
 
 def read_columns(dataset, sql):
-    """The columns that a query reads of Parquet files, and how many files."""
+    """The columns that a query reads of Parquet files, and the number of files."""
     with connect(dataset) as connection:
-        plan = connection.execute(f"EXPLAIN (ANALYZE, FORMAT json) {sql}").fetchone()[1]
-    found, files = set(), 0
-
-    def walk(node):
-        nonlocal files
+        plan = json.loads(connection.execute(f"EXPLAIN (ANALYZE, FORMAT json) {sql}").fetchone()[1])
+    found, files, nodes = set(), 0, [plan["result"] if "result" in plan else plan]
+    while nodes:
+        node = nodes.pop()
+        nodes += node.get("children", [])
         extra = node.get("extra_info", {})
-        if "READ_PARQUET" in str(extra.get("Function", "")):
-            names = extra.get("Projections", [])
+        if "Total Files Read" in extra:
+            names = extra["Projections"]
             found.update([names] if isinstance(names, str) else names)
-            files += int(extra.get("Total Files Read", 0))
-        for child in node.get("children", []):
-            walk(child)
-
-    import json
-
-    walk(json.loads(plan))
+            files += int(extra["Total Files Read"])
     return found, files
 
 
