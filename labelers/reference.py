@@ -35,9 +35,7 @@ class Scorer(Protocol):
 
     window: int  # most tokens that one forward pass reads, BOS included
 
-    def score(
-        self, documents: list[np.ndarray], on_tokens: Callable[[int], None] | None = None
-    ) -> list[Scores]:
+    def score(self, documents: list[np.ndarray], on_tokens: Callable[[int], None] | None = None) -> list[Scores]:
         """One `Scores` per document, in order; a document is a (T,) array of integer token ids, without BOS.
 
         A document that cannot be scored (an id outside the vocabulary, not a one-dimensional integer array, scores

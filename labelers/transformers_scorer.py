@@ -80,9 +80,7 @@ class TransformersScorer:
         if not self.plain_head:
             log.info("%s post-processes its logits: windows are scored one by one", model)
 
-    def score(
-        self, documents: list[np.ndarray], on_tokens: Callable[[int], None] | None = None
-    ) -> list[Scores]:
+    def score(self, documents: list[np.ndarray], on_tokens: Callable[[int], None] | None = None) -> list[Scores]:
         faults = [fault_of(document, self.vocabulary) for document in documents]
         nll = [np.full(document.size, np.nan, dtype=np.float32) for document in documents]
         correct = [np.zeros(document.size, dtype=bool) for document in documents]

@@ -96,9 +96,7 @@ class VllmScorer:
             torch.set_num_threads = set_num_threads  # a CPU engine replaces it with one that does nothing
         self.by_ids = self._scores_by_ids()
 
-    def score(
-        self, documents: list[np.ndarray], on_tokens: Callable[[int], None] | None = None
-    ) -> list[Scores]:
+    def score(self, documents: list[np.ndarray], on_tokens: Callable[[int], None] | None = None) -> list[Scores]:
         faults = [fault_of(document, self.vocabulary) for document in documents]
         nll = [np.full(document.size, np.nan, dtype=np.float32) for document in documents]
         correct = None if self.by_ids else [np.zeros(document.size, dtype=bool) for document in documents]

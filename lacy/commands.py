@@ -22,7 +22,7 @@ def run_label(
     from pipeline.label import annotate
 
     require(policy, action, student=options.student is not None, reference=options.reference is not None)
-    console = Console(stderr=True)
+    console = _console()
     view = _LabelProgress(console)
     started = time.monotonic()
     with view:
@@ -31,7 +31,7 @@ def run_label(
         )
     _tell_annotated(console, manifest, time.monotonic() - started, view.scored, options.out)
     labels = decide(options.out, policy, budget=budget, action=action, seed=seed)
-    _tell_decided(console, labels, options.out)
+    _tell_decided(console, labels)
 
 
 def run_decide(
@@ -40,7 +40,7 @@ def run_decide(
     from pipeline.decide import decide
 
     labels = decide(dataset, policy, budget=budget, action=action, name=name, seed=seed, workers=workers)
-    _tell_decided(Console(stderr=True), labels, dataset)
+    _tell_decided(_console(), labels)
 
 
 def run_check(dataset: Path) -> int:
@@ -81,26 +81,27 @@ def run_tokenizer(corpus: list[str], out: Path, vocab_size: int, limit: int | No
     print(f"{out}: {size:,} entries, <CALL> among them, from {documents:,} documents")
 
 
+def _console() -> Console:
+    """For messages: on stderr, as they stand, not broken into lines where there is no terminal."""
+    return Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+
+
 def _tell_annotated(console: Console, manifest: Manifest, seconds: float, scored: int, out: Path) -> None:
     rate = f", {scored / seconds:,.0f} tokens/s" if scored and seconds else ""
     console.print(
         f"{manifest.documents:,} documents, {manifest.tokens:,} tokens in {len(manifest.parts):,} parts"
-        f" ({_span(seconds)}{rate})",
-        highlight=False,
-        soft_wrap=True,
+        f" ({_span(seconds)}{rate})"
     )
     if manifest.bad:
-        console.print(f"{manifest.bad:,} bad records: see {out / 'deadletter'}", highlight=False, soft_wrap=True, style="yellow")
+        console.print(f"{manifest.bad:,} bad records: see {out / 'deadletter'}", style="yellow")
 
 
-def _tell_decided(console: Console, labels: LabelSet, dataset: Path) -> None:
+def _tell_decided(console: Console, labels: LabelSet) -> None:
     verb = "delegated" if labels.action == "delegate" else "ignored"
     note = ""
     if labels.budget is not None and labels.candidates < round(labels.budget * labels.tokens):
-        note = f" (the budget is {labels.budget:.1%}, but only so many tokens can be chosen by this policy)"
-    console.print(f"labels/{labels.name}: {labels.share:.2%} of {labels.tokens:,} tokens {verb}{note}", highlight=False, soft_wrap=True)
-    if labels.tokens == 0:
-        console.print(f"{dataset} has no tokens", style="yellow")
+        note = f" (the budget is {labels.budget:.1%}, but no more tokens can be chosen by this policy)"
+    console.print(f"labels/{labels.name}: {labels.share:.2%} of {labels.tokens:,} tokens {verb}{note}")
 
 
 def _span(seconds: float) -> str:
@@ -146,7 +147,7 @@ class _LabelProgress:
             sum(part.bad for part in finished),
         )
         if finished:
-            self._console.print(f"going on: {len(finished):,} parts are finished", highlight=False, soft_wrap=True)
+            self._console.print(f"going on: {len(finished):,} parts are finished")
         self._began = self._told = time.monotonic()
         if self._live:
             self._bar.start()

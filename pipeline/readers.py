@@ -5,6 +5,7 @@ field names (`id`, `text`); a record without an id gets its place in the corpus 
 """
 
 import json
+from bz2 import BZ2File
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
@@ -149,7 +150,7 @@ def records(chunks: Iterator[bytes], start_mark: bytes, end_mark: bytes) -> Iter
 MARKS = {"jsonl": (b"", b"\n"), "xml": (b"<page>", b"</page>")}
 
 
-def read_chunks(file: BinaryIO) -> Iterator[bytes]:
+def read_chunks(file: BinaryIO | BZ2File) -> Iterator[bytes]:
     while chunk := file.read(CHUNK):
         yield chunk
 

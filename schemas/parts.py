@@ -39,7 +39,7 @@ LABELS = pa.schema(
 OPTIONAL = ("text", "ref_correct", "student_nll")
 TOKEN_COLUMNS = tuple(field.name for field in SIGNALS if pa.types.is_list(field.type))
 
-# Chosen by benchmarks/encodings.py: token ids and codes repeat, offsets rise, losses share exponents.
+# Token ids and codes repeat, offsets rise, losses share exponents.
 _DICTIONARY = {"source", "token_ids", "label", "pos", "ent_type"}
 _ENCODING = {
     "token_starts": "DELTA_BINARY_PACKED",

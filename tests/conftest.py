@@ -1,4 +1,4 @@
-"""What many tests share: a small language model with its own tokenizer, made here from a config, and the real command."""
+"""What many tests share: a small language model with its own tokenizer, made from a config, and the real command."""
 
 import os
 import subprocess

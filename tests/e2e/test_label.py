@@ -60,7 +60,8 @@ def test_every_document_is_labelled(labelled, corpus):
     manifest = json.loads((labelled / "manifest.json").read_text())
     assert manifest["state"] == "complete"
     assert (manifest["documents"], manifest["bad"]) == (300, 0)
-    expected = {row["id"]: row["text"] for seed in (1, 2, 3) for row in corpora.documents([150, 100, 50][seed - 1], seed)}
+    made = corpora.documents(150, 1) + corpora.documents(100, 2) + corpora.documents(50, 3)
+    expected = {row["id"]: row["text"] for row in made}
     found = rows(labelled)
     assert {row["doc_id"]: row["text"] for row in found} == expected
     assert len(manifest["parts"]) > 30
@@ -72,7 +73,8 @@ def test_tokens_decode_to_the_text_and_offsets_point_into_it(labelled):
     for row in rows(labelled):
         assert tokenizer.decode(row["token_ids"], skip_special_tokens=False) == row["text"]
         assert row["token_starts"][0] == 0 and row["token_ends"][-1] == len(row["text"])
-        assert len({len(row[name]) for name in ("token_ids", "factual", "pos", "ent_type", "ref_nll", "ref_correct")}) == 1
+        lists = ("token_ids", "factual", "pos", "ent_type", "ref_nll", "ref_correct")
+        assert len({len(row[name]) for name in lists}) == 1
         assert row["ref_nll"][0] is None and None not in row["ref_nll"][1:]
 
 
@@ -84,9 +86,7 @@ def test_the_share_is_the_budget_and_first_tokens_are_learnt(labelled, tmp_path)
         labels = [row["label"] for row in rows(labelled, f"labels/{policy}-{budget}")]
         assert sum(label.count(1) for label in labels) == round(budget * tokens)
         assert all(label[0] == 0 for label in labels)
-    delegated = [
-        (row["factual"], row["label"]) for row in rows(labelled, "labels/lacy-0.05")
-    ]
+    delegated = [(row["factual"], row["label"]) for row in rows(labelled, "labels/lacy-0.05")]
     assert all(not label or factual for pair in delegated for factual, label in zip(*pair, strict=True))
 
 
@@ -287,7 +287,8 @@ def test_bad_input_ends_as_dead_letters(bad_corpus, small_model, tmp_path):
     done = run_lacy(*arguments(folder, out, small_model, "--workers", 2))
     assert done.returncode == 0, done.stderr
     manifest = json.loads((out / "manifest.json").read_text())
-    letters = [json.loads(line) for path in sorted((out / "deadletter").iterdir()) for line in path.read_text().splitlines()]
+    lines = [line for path in sorted((out / "deadletter").iterdir()) for line in path.read_text().splitlines()]
+    letters = [json.loads(line) for line in lines]
     by_file: dict[str, list[str]] = {}
     for letter in letters:
         by_file.setdefault(Path(letter["source"]).name, []).append(letter["reason"])
@@ -328,6 +329,7 @@ def test_corpora_without_a_document(small_model, tmp_path):
         assert message in done.stderr
 
 
+@pytest.mark.slow
 def test_a_document_of_five_megabytes_on_one_line(small_model, tmp_path):
     text = "".join(row["text"].replace("\n", " ") + " " for row in corpora.documents(14000, seed=4))[: 5 << 20]
     assert len(text) == 5 << 20
@@ -361,8 +363,8 @@ def test_another_tokenizer_conserves_each_documents_loss(labelled, corpus, small
 
 def test_a_student_adds_its_loss(corpus, small_model, tmp_path):
     out = tmp_path / "d"
-    command = arguments(corpus / "c.parquet", out, small_model, "--student", small_model, "--policy", "gain", "--no-text")
-    done = run_lacy(*command)
+    student = ("--student", small_model, "--policy", "gain", "--no-text")
+    done = run_lacy(*arguments(corpus / "c.parquet", out, small_model, *student))
     assert done.returncode == 0, done.stderr
     for row in rows(out):
         assert row["student_nll"] == row["ref_nll"] and "text" not in row

@@ -152,9 +152,19 @@ def test_climbing_a_very_deep_tree_and_one_with_a_circle():
     assert not grammar._climbs_to(np.array([1, 2, 0]), np.zeros(3, bool), np.ones(3, bool)).any()
 
 
-def test_first_is_per_document():
+def test_unsaid_is_per_document():
     doc, key = np.array([0, 0, 0, 1, 1]), np.array([7, 9, 7, 7, 7], np.uint64)
-    assert grammar._first(doc, key).tolist() == [True, True, False, True, False]
+    assert grammar._unsaid(doc, key, np.arange(5)).tolist() == [True, True, False, True, False]
+
+
+def test_what_was_said_beyond_a_models_context_is_new_again(nlp):
+    doc, key = np.zeros(3, int), np.array([7, 7, 7], np.uint64)
+    far = grammar.MEMORY_WORDS
+    assert grammar._unsaid(doc, key, np.array([0, far - 1, 2 * far - 1])).tolist() == [True, False, True]
+    mention = "She was born in London."
+    filler = "It was very nice to be there and to see it all again. " * 80
+    text = " ".join([mention, mention, filler, mention])
+    assert strings(text, tag(nlp, [text])) == ["London", "London"]
 
 
 def test_entity_names_tell_order_but_not_articles():

@@ -1,0 +1,102 @@
+"""The command line: help at once, and one line for every mistake."""
+
+import os
+
+import pytest
+
+from tests.conftest import run_lacy
+from tests.pipeline import corpora
+
+COMMANDS = ["label", "decide", "check", "stats", "sql", "tokenizer", "models", "models get"]
+
+
+def test_help_names_every_command():
+    done = run_lacy("--help")
+    assert done.returncode == 0
+    assert all(command in done.stdout for command in COMMANDS if " " not in command)
+
+
+def test_help_loads_nothing_heavy():
+    """What makes `lacy --help` quick; its time is no matter for a test."""
+    import subprocess
+    import sys
+
+    code = "import sys, lacy.cli; print([m for m in sys.modules if m.split('.')[0] in %r])"
+    heavy = {"numpy", "pyarrow", "duckdb", "apache_beam", "spacy", "torch", "transformers", "pydantic", "schemas"}
+    done = subprocess.run([sys.executable, "-c", code % heavy], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command):
+    done = run_lacy(*command.split(), "--help")
+    assert (done.returncode == 0 and "Example" in done.stdout) or command in ("check", "models", "label")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return corpora.write(tmp_path_factory.mktemp("c") / "c.jsonl", corpora.documents(4))
+
+
+@pytest.fixture(scope="module")
+def labelled(corpus, small_model, tmp_path_factory):
+    out = tmp_path_factory.mktemp("labelled") / "d"
+    done = run_lacy("label", corpus, "--out", out, "--reference", small_model, "--workers", 1)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+MISTAKES = [
+    (["label", "nowhere.jsonl", "--out", "d"], 1, "no file matches nowhere.jsonl"),
+    (["label", "{corpus}", "--out", "d", "--policy", "best"], 1, "unknown policy 'best'"),
+    (["label", "{corpus}", "--out", "d", "--policy", "gain", "--reference", "{model}"], 1, "--student MODEL"),
+    (["label", "{corpus}", "--out", "d", "--action", "drop"], 1, "unknown action 'drop'"),
+    (["label", "{corpus}", "--out", "d", "--scorer", "magic"], 2, "--scorer"),
+    (["label", "{corpus}", "--out", "d", "--reference", "none"], 2, "--reference none needs --tokenizer"),
+    (["label", "{corpus}", "--out", "d", "--reference", "/no/model"], 1, "/no/model"),
+    (["label", "{corpus}", "--out", "d", "--reference", "{model}", "--tokenizer", "/no/tokenizer"], 1, "/no/tokenizer"),
+    (["label", "{corpus}", "--out", "d1", "--reference", "{model}", "--spacy", "xx_none"], 1, "not installed"),
+    (["label", "{corpus}", "--out", "d2", "--reference", "{model}", "--window", "999"], 1, "longer than the model's"),
+    (["label", "{corpus}", "--out", "d", "--window", "8", "--overlap", "9"], 2, "--overlap 9 must be less"),
+    (["label", "{corpus}", "--out", "{corpus_folder}", "--reference", "{model}"], 1, "has files in it"),
+    (["decide", "{labelled}", "--policy", "rho"], 1, "--student MODEL"),
+    (["decide", "{labelled}", "--policy", "loss", "--name", "../x"], 1, "cannot name a label set"),
+    (["decide", "nowhere", "--policy", "loss"], 1, "nowhere is not a dataset"),
+    (["check", "nowhere"], 1, "nowhere is not a dataset"),
+    (["stats", "nowhere"], 1, "nowhere is not a dataset"),
+    (["stats", "{labelled}", "--labels", "none-such"], 1, "none-such"),
+    (["sql", "{labelled}", "SELEC 1"], 1, "syntax error"),
+    (["sql", "{labelled}", "SELECT nothing FROM tokens"], 1, "nothing"),
+    (["tokenizer", "nowhere", "--out", "t"], 1, "no file matches"),
+    (["models", "get", "gpt-9"], 1, "no embedded model 'gpt-9'"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "code", "message"), MISTAKES, ids=lambda value: str(value)[:60])
+def test_a_mistake_is_one_line(arguments, code, message, corpus, labelled, small_model, tmp_path):
+    names = {"corpus": corpus, "corpus_folder": corpus.parent, "labelled": labelled, "model": small_model}
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = run_lacy(*[argument.format(**names) for argument in arguments], cwd=tmp_path, env=environment)
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1 and len(done.stderr) < 500 and done.stdout == ""
+
+
+def test_a_missing_argument_is_told_by_its_name():
+    done = run_lacy("label")
+    assert done.returncode == 2 and "CORPUS" in done.stderr
+
+
+def test_sql_formats(labelled):
+    query = "SELECT count(*) AS documents FROM documents"
+    assert "documents" in run_lacy("sql", labelled, query).stdout
+    assert run_lacy("sql", labelled, query, "--format", "csv").stdout.split() == ["documents", "4"]
+    assert '"documents": 4' in run_lacy("sql", labelled, query, "--format", "json").stdout.replace('":4', '": 4')
+
+
+def test_stats_as_json(labelled):
+    import json
+
+    found = json.loads(run_lacy("stats", labelled, "--json").stdout)
+    manifest = json.loads((labelled / "manifest.json").read_text())
+    assert (found["documents"], found["tokens"]) == (manifest["documents"], manifest["tokens"])
