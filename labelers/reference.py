@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from labelers.models import ModelError, resolve
 from labelers.windows import windows
 
 MAX_DEFAULT_WINDOW = 2048  # tokens; attention makes longer windows dear, and few documents are longer
@@ -157,6 +158,19 @@ def settle_window(context: int | None, window: int | None, overlap: int | None, 
         overlap = max(1, size // 4)
     windows(0, size, overlap)  # raises where they do not fit
     return window, overlap
+
+
+def check_window(
+    model: str, window: int, overlap: int | None, bos: int | None, *, trust_remote_code: bool = False
+) -> None:
+    """Raise ModelError, before any model is loaded, where the model's context is too short for the window."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(resolve(model), trust_remote_code=trust_remote_code).get_text_config()
+        settle_window(getattr(config, "max_position_embeddings", None), window, overlap, bos)
+    except (OSError, ValueError) as error:
+        raise ModelError(" ".join(str(error).split())[:300]) from None
 
 
 def finish(nll: list[np.ndarray], correct: list[np.ndarray] | None, faults: list[str | None]) -> list[Scores]:

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
 from labelers import GRAMMAR_VERSION, models, tokenize
+from labelers import reference as reference_scores
 from pipeline import local, spool
 from pipeline.heartbeat import Counts
 from pipeline.options import LabelOptions, ScorerSpec
@@ -170,6 +171,8 @@ def _models(options: LabelOptions) -> tuple[tokenize.TargetTokenizer, ScorerSpec
 
     def spec(model: str) -> ScorerSpec:
         own = tokenize.load(model, trust_remote_code=trust)
+        if options.window:
+            reference_scores.check_window(model, options.window, options.overlap, own.bos_id, trust_remote_code=trust)
         arguments = {
             "dtype": options.dtype,
             "device": options.device,

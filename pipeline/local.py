@@ -50,7 +50,8 @@ def run(
     with tempfile.TemporaryDirectory(prefix="lacy-") as folder:
         heartbeat = Heartbeat(folder, os.getpid())
         options = PipelineOptions(beam_options or [], direct_num_workers=workers, save_main_session=False)
-        runner = FnApiRunner(default_environment=_worker_processes(debug) if workers > 1 else None)
+        log = None if debug else Path(folder) / "workers.log"
+        runner = FnApiRunner(default_environment=_worker_processes(log) if workers > 1 else None)
         failure: list[BaseException] = []
 
         def work() -> None:
@@ -88,15 +89,12 @@ def _watch(thread: threading.Thread, folder: Path, on_progress: Callable[[Counts
         if on_progress:
             on_progress(total(folder))
         if gone_at is not None and time.monotonic() - gone_at > GRACE and thread.is_alive():
-            raise RunError(
-                "a worker process was killed (out of memory?); finished parts are kept: "
-                "run the same command again, with fewer --workers if memory is short"
-            )
+            raise RunError(_why(folder / "workers.log"))
 
 
-def _worker_processes(debug: bool) -> SubprocessSDKEnvironment:
-    command = f"{shlex.quote(sys.executable)} -m apache_beam.runners.worker.sdk_worker_main"
-    return SubprocessSDKEnvironment.from_command_string(command if debug else f"exec {command} 2>/dev/null")
+def _worker_processes(log: Path | None) -> SubprocessSDKEnvironment:
+    command = f"exec {shlex.quote(sys.executable)} -m apache_beam.runners.worker.sdk_worker_main"
+    return SubprocessSDKEnvironment.from_command_string(command + (f" 2>>{shlex.quote(str(log))}" if log else ""))
 
 
 def _workers() -> list[psutil.Process]:
@@ -118,11 +116,30 @@ def _kill_workers() -> None:
             continue
 
 
+def _why(log: Path) -> str:
+    """Why a worker is gone: the error that it ended with, or else it was killed."""
+    error = _last_error(log.read_text(errors="replace")) if log.exists() else None
+    return error or (
+        "a worker process was killed (out of memory?); finished parts are kept: "
+        "run the same command again, with fewer --workers if memory is short"
+    )
+
+
 def reason(error: BaseException) -> str:
-    """The last line that a person can use of what Beam raised: it wraps a worker's traceback into the message."""
-    text = str(error)
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    found = [line for line in lines if re.match(r"^[A-Za-z_][\w.]*(Error|Exception|Interrupt|Exit)\b", line)]
-    line = (found or lines or [type(error).__name__])[-1]
-    line = re.sub(r"\s*\[while running .*$", "", line)
-    return re.sub(r"^(?:[a-z_]\w*\.)+(?=[A-Z])", "", line)
+    """The one line that a person can use of what Beam raised: it wraps a worker's traceback into the message."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return _last_error(str(error)) or _without_step((lines or [type(error).__name__])[-1])
+
+
+def _last_error(text: str) -> str | None:
+    """The last exception of a printed traceback, without its module and Beam's note on the step."""
+    found = [
+        line for line in text.splitlines() if re.match(r"^[A-Za-z_][\w.]*(Error|Exception|Interrupt|Exit)\b", line)
+    ]
+    if not found:
+        return None
+    return re.sub(r"^(?:[a-z_]\w*\.)+(?=[A-Z])", "", _without_step(found[-1]))
+
+
+def _without_step(line: str) -> str:
+    return re.sub(r"\s*\[while running .*$", "", line)

@@ -152,7 +152,14 @@ pieces AS NOT MATERIALIZED (
 ),
 places AS NOT MATERIALIZED (
     SELECT *,
-        [substring(text, token_starts[i] + 1, token_ends[i] - token_starts[i]) FOR i IN long_tokens] AS long_pieces,
+        [
+            substring(
+                array_to_string([
+                    pieces[n] FOR n IN range(token_starts[i] // {_PIECE} + 1, (token_ends[i] - 1) // {_PIECE} + 2)
+                ], ''),
+                token_starts[i] % {_PIECE} + 1, token_ends[i] - token_starts[i]
+            ) FOR i IN long_tokens
+        ] AS long_pieces,
         unnest(range(1, len(factual) + 1)) AS i
     FROM pieces
 ),

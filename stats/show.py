@@ -59,12 +59,13 @@ def render(
     and for an id that is not in it.
     """
     folder = Path(dataset)
+    parts = [part.name for part in read_complete(folder).parts if part.rows]
     name = pick_labels(folder, label_sets(folder), labels)
     if name is None:
         raise DatasetError(f"{dataset} has no labels: lacy decide makes them")
     with connect(folder) as connection:
         try:
-            ids = _first(connection, folder, name, documents) if isinstance(documents, int) else documents
+            ids = _first(connection, parts, name, documents) if isinstance(documents, int) else documents
             shown = [_document(connection, folder, name, doc_id) for doc_id in ids]
         except duckdb.Error as error:
             raise DatasetError(f"{dataset} cannot be read: {one_line(error)} (lacy check says more)") from None
@@ -76,20 +77,21 @@ def render(
     console.print(_legend(name, shown, styled=console.is_terminal))
 
 
-def _first(connection: duckdb.DuckDBPyConnection, folder: Path, labels: str, count: int) -> list[str]:
+def _first(connection: duckdb.DuckDBPyConnection, parts: list[str], labels: str, count: int) -> list[str]:
     """The first documents with a marked token, then any others; it stops at the part that has enough."""
     marked: list[str] = []
     others: list[str] = []
-    for part in read_complete(folder).parts:
+    for part in parts:
         if len(marked) >= count:
             break
-        rows = connection.execute("SELECT doc_id FROM documents WHERE part = ?", [part.name]).fetchall()
+        rows = connection.execute("SELECT doc_id FROM documents WHERE part = ?", [part]).fetchall()
         found = connection.execute(
             "SELECT DISTINCT doc_id FROM labels WHERE labels = ? AND part = ? AND label <> ?",
-            [labels, part.name, LABELS[LEARN]],
+            [labels, part, LABELS[LEARN]],
         ).fetchall()
+        with_mark = set(found)
         for row in rows:
-            (marked if row in set(found) else others).append(row[0])
+            (marked if row in with_mark else others).append(row[0])
     return (marked + others)[:count]
 
 
@@ -110,8 +112,9 @@ def _document(connection: duckdb.DuckDBPyConnection, folder: Path, labels: str, 
         code = LABELS.index(label)
         codes.append(code)
         if code != LEARN:
-            blank = end - start - len(text[start:end].lstrip())  # the space before a word is not marked
-            marks[start + blank : end] = bytes([code]) * (end - start - blank)
+            if not (start and marks[start - 1] == code):  # the space before the first word is not marked
+                start = end - len(text[start:end].lstrip())
+            marks[start:end] = bytes([code]) * (end - start)
     return _Document(doc_id, text, codes, marks)
 
 

@@ -87,7 +87,7 @@ def test_python_variables_are_not_tables(small):
         connection.execute("FROM secret")
 
 
-def test_sorting_more_than_memory_leaves_nothing_behind(small, tmp_path, monkeypatch):
+def test_what_spills_goes_to_the_temporary_folder(small, tmp_path, monkeypatch):
     monkeypatch.setattr(module.tempfile, "gettempdir", lambda: str(tmp_path / "spill"))
     (tmp_path / "spill").mkdir()
     with connect(small) as connection:
