@@ -39,8 +39,8 @@ LABELS = pa.schema(
 OPTIONAL = ("text", "ref_correct", "student_nll")
 TOKEN_COLUMNS = tuple(field.name for field in SIGNALS if pa.types.is_list(field.type))
 
-# Token ids and codes repeat, offsets rise, losses share exponents.
-_DICTIONARY = {"source", "token_ids", "label", "pos", "ent_type"}
+# Measured on labelled Wikipedia: codes repeat, offsets rise, losses share exponents, zstd does best with plain ids.
+_DICTIONARY = {"label", "pos", "ent_type"}
 _ENCODING = {
     "token_starts": "DELTA_BINARY_PACKED",
     "token_ends": "DELTA_BINARY_PACKED",

@@ -16,7 +16,7 @@ import duckdb
 import pyarrow as pa
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from schemas.manifest import DatasetError
@@ -26,6 +26,9 @@ from stats.printable import printable
 FORMATS: Final = ("table", "csv", "json")
 TABLE_ROWS: Final = 100
 _BATCH = 2048
+_FILE_WIDTH = 240  # columns of a table in a file or a pipe
+_BOUNDLESS = 1_000_000
+_CELL = 1000  # characters
 
 
 class SqlError(Exception):
@@ -149,8 +152,10 @@ def _write_json(columns: list[str], rows: Iterator[tuple[Any, ...]], out: TextIO
 
 
 def _write_table(columns: list[str], rows: Iterator[tuple[Any, ...]], out: TextIO) -> None:
-    """Numbers to the right, NULL dimmed; the first rows and a word about the others."""
+    """The first rows, and a word about the others; a row below the other, a column a line, where they are too wide."""
     console = Console(file=out, highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, _FILE_WIDTH)
     shown = list(islice(rows, TABLE_ROWS))
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for place, column in enumerate(columns):
@@ -158,7 +163,17 @@ def _write_table(columns: list[str], rows: Iterator[tuple[Any, ...]], out: TextI
         table.add_column(Text(printable(column)), justify="right" if numbers else "left", overflow="fold")
     for row in shown:
         table.add_row(*map(_cell, row))
-    console.print(table)
+    if (
+        len(columns) == 1
+        or console.measure(table, options=console.options.update(max_width=_BOUNDLESS)).maximum <= console.width
+    ):
+        console.print(table)
+    else:
+        for row in shown:
+            record = Table.grid("", Column(overflow="fold"), padding=(0, 2))
+            for column, value in zip(columns, row, strict=True):
+                record.add_row(Text(printable(column), style="dim"), _cell(value))
+            console.print(record, "")
     if next(rows, None) is not None:
         console.print(f"the first {TABLE_ROWS} rows; --format csv or json gives all")
 
@@ -166,7 +181,8 @@ def _write_table(columns: list[str], rows: Iterator[tuple[Any, ...]], out: TextI
 def _cell(value: Any) -> Text:
     if value is None:
         return Text("NULL", style="dim")
-    return Text(printable(f"{value:.6g}" if isinstance(value, float) else str(value)))
+    text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    return Text(printable(text if len(text) <= _CELL else f"{text[:_CELL]}…"))
 
 
 def one_line(error: duckdb.Error) -> str:

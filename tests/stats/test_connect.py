@@ -2,6 +2,7 @@ import csv
 import io
 import json
 import os
+import re
 
 import duckdb
 import pytest
@@ -198,6 +199,20 @@ def test_a_table_shows_the_first_rows(small):
     assert f"the first {module.TABLE_ROWS} rows" in out and "NULL" in out
     assert f" {module.TABLE_ROWS - 1} " in out and f" {module.TABLE_ROWS} " not in out.split("the first")[0]
     assert "the first" not in answer(small, f"FROM range({module.TABLE_ROWS})", "table")
+
+
+def test_a_table_too_wide_for_its_place_becomes_a_list(small, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    sql = f"SELECT 1 AS n, '{'x' * 50}' AS wide, NULL AS nothing"
+    assert answer(small, sql, "table").splitlines()[1].split() == ["n", "wide", "nothing"], "a file has room"
+    lines = re.sub(r"\x1b\[\d*m", "", answer(small, sql, "table", Terminal())).splitlines()
+    assert [line.split()[0] for line in lines if not line.startswith(" ") and line] == ["n", "wide", "nothing"]
+    assert max(map(len, lines)) <= 40 and "".join(lines).count("x") == 50
+
+
+def test_long_cells_are_cut(small):
+    out = answer(small, "SELECT repeat('y', 1001) AS x", "table")
+    assert out.count("y") == 1000 and "…" in out
 
 
 def test_table_cells_are_no_markup(small):
