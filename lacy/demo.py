@@ -19,6 +19,7 @@ WHEEL = "gensim==4.4.0"
 MEMBER = "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 PAGE_BYTES = 4_000, 16_000  # of a page in the dump: short articles, so that there are some dozen in the sample
 SAMPLE_BYTES = 220_000
+BUDGET = 0.1
 
 
 def main() -> None:
@@ -35,7 +36,7 @@ def main() -> None:
             SAMPLE.write_bytes(short_articles(DUMP))
         _step(console, "Fetching the reference model (once; it stays in lacy's cache)")
         get_model()
-        command = f"label {SAMPLE} --out {LABELLED}"
+        command = f"label {SAMPLE} --out {LABELLED} --budget {BUDGET}"
         _step(console, f"lacy {command}")
         _lacy(command)
         _step(console, f"lacy stats {LABELLED}")
