@@ -5,7 +5,7 @@
 GOLD has one JSON object a line: `id`, `text`, `gold` (half-open character spans of factual values) and `covered` (the
 spans that whoever marked them has seen). A token is gold when the characters of it that are no white space overlap a
 gold span; tokens of white space alone, and tokens outside `covered`, do not count. Hard gold: the reference's most
-likely token was another. Prints a table, and last one JSON object.
+likely token was another; unknown where the scorer does not tell. Prints a table, and last one JSON object.
 """
 
 import argparse
@@ -30,7 +30,8 @@ def main() -> None:
     print(" | ".join(f"{name} {value:,}" for name, value in result.items()))
     print(f"\n{'labels':12} {'share':>7} {'gold':>7} {'hard gold':>10}")
     for name, row in policies.items():
-        print(f"{name:12} {row['share']:7.1%} {row['gold']:7.1%} {row['hard_gold']:10.1%}")
+        hard = "" if row["hard_gold"] is None else f"{row['hard_gold']:.1%}"
+        print(f"{name:12} {row['share']:7.1%} {row['gold']:7.1%} {hard:>10}")
     print(json.dumps(result | {"policies": policies}))
 
 
@@ -42,9 +43,10 @@ def load(path: Path) -> dict[str, dict]:
 
 def measure(dataset: Path, gold: dict[str, dict]) -> dict:
     """Shares over the tokens that count; `flagged_all` over all tokens."""
+    chosen: dict[str, list[np.ndarray]] = {}
     parts = [record.name for record in read_complete(dataset).parts if record.rows]
     names = sorted(path.parent.name for path in (dataset / "labels").glob("*/policy.json"))
-    columns: dict[str, list[np.ndarray]] = {name: [] for name in ("factual", "gold", "hard", "all", *names)}
+    columns: dict[str, list[np.ndarray]] = {name: [] for name in ("factual", "gold", "hard", "all")}
     for part in parts:
         signals = pq.read_table(signals_path(dataset, part)).to_pylist()
         labels = {name: pq.read_table(labels_path(dataset, name, part))["label"].to_pylist() for name in names}
@@ -57,10 +59,12 @@ def measure(dataset: Path, gold: dict[str, dict]) -> dict:
             columns["all"].append(np.array(document["factual"]))
             columns["factual"].append(np.array(document["factual"])[counts])
             columns["gold"].append(hit)
-            columns["hard"].append(hit & ~np.array(document["ref_correct"])[counts])
+            correct = np.array(document.get("ref_correct") or np.ones(len(core)), bool)[counts]
+            columns["hard"].append(hit & ~correct)
             for name in names:
-                columns[name].append((np.array(labels[name][row]) != LEARN)[counts])
+                chosen.setdefault(name, []).append((np.array(labels[name][row]) != LEARN)[counts])
     found = {name: np.concatenate(values) for name, values in columns.items()}
+    picked = {name: np.concatenate(values) for name, values in chosen.items()}
     is_gold, hard, factual = found["gold"], found["hard"], found["factual"]
     return {
         "documents": len(columns["all"]),
@@ -70,9 +74,9 @@ def measure(dataset: Path, gold: dict[str, dict]) -> dict:
         "precision": round(float(is_gold[factual].mean()), 4),
         "policies": {
             name: {
-                "share": round(float(found[name].mean()), 4),
-                "gold": round(float(found[name][is_gold].mean()), 4),
-                "hard_gold": round(float(found[name][hard].mean()), 4),
+                "share": round(float(picked[name].mean()), 4),
+                "gold": round(float(picked[name][is_gold].mean()), 4),
+                "hard_gold": round(float(picked[name][hard].mean()), 4) if hard.any() else None,
             }
             for name in names
         },

@@ -61,6 +61,7 @@ def run(
             except BaseException as error:
                 failure.append(error)
 
+        before = threading.excepthook
         if not debug:
             threading.excepthook = lambda _: None  # Beam's threads tell of a killed worker by a traceback
         thread = threading.Thread(target=work, daemon=True, name="beam")
@@ -70,6 +71,8 @@ def run(
         except BaseException:
             _kill_workers()
             raise
+        finally:
+            threading.excepthook = before
         if on_progress:
             on_progress(total(Path(folder)))
     if failure:
