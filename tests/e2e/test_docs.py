@@ -40,7 +40,15 @@ def workplace(tmp_path_factory, small_model) -> Path:
     (folder / "benchmarks").symlink_to(ROOT / "benchmarks")
     (folder / "models").mkdir()
     (folder / "models" / "small").symlink_to(small_model)
+    done = run(folder, "lacy label corpus --out before --reference models/small")
+    assert done.returncode == 0, done.stderr
     return folder
+
+
+@pytest.fixture(autouse=True)
+def labelled(workplace) -> None:
+    """What a reader has who has labelled a corpus before."""
+    run(workplace, "rm -rf labelled gold && cp -r before labelled")
 
 
 def run(workplace: Path, command: str) -> subprocess.CompletedProcess[str]:
@@ -51,15 +59,11 @@ def run(workplace: Path, command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def as_here(command: str, number: int) -> str:
-    """The reader's names, for what the workplace has; each label command writes to a dataset of its own, or to the
-    one that the page's later commands read."""
+def as_here(command: str) -> str:
+    """The small model for the reader's; the examples of `lacy label` all write to a new folder of the same name."""
     command = re.sub(r"--reference (?!none)\S+", "--reference models/small", command)
-    if command.startswith("lacy label") and "--out labelled" in command:
-        command += f" && rm -rf labelled-{number} && mv labelled labelled-{number} && cp -r labelled-{number} labelled"
-        command = f"rm -rf labelled && {command}"
-    if command.startswith("lacy label gold"):
-        command += " --reference models/small"
+    if command.startswith("lacy label"):
+        command = f"rm -rf labelled && {command}" + ("" if "--reference" in command else " --reference models/small")
     return command
 
 
@@ -70,8 +74,8 @@ def test_the_commands_of_a_page(workplace, page):
     if needs_tokenizer:  # the page trains it after it is first named
         found.sort(key=lambda command: not command.startswith("lacy tokenizer"))
     found = [command for command in found if "benchmarks/label.py" not in command]  # minutes: make bench
-    for number, command in enumerate(found):
-        done = run(workplace, as_here(command, number))
+    for command in found:
+        done = run(workplace, as_here(command))
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         assert "Traceback" not in done.stderr
 

@@ -170,12 +170,13 @@ def test_killed_at_random_moments_and_run_again(labelled, corpus, small_model, t
     random_ = random.Random(5)
     command = arguments(corpus, tmp_path / "d", small_model, "--workers", 2)
     parts: list[int] = []
-    for _ in range(5):
+    for number in range(5):  # in turn while models load and streams are cut, and while parts are written
         process = subprocess.Popen(
             [LACY, *map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
         )
-        _wait_for_parts(process, tmp_path / "d", (parts[-1] if parts else 0) + random_.randint(0, 6))
-        time.sleep(random_.uniform(0, 2))
+        more, pause = (random_.randint(1, 4), random_.uniform(0, 0.3)) if number % 2 else (0, random_.uniform(0.5, 8))
+        _wait_for_parts(process, tmp_path / "d", (parts[-1] if parts else 0) + more)
+        time.sleep(pause)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         parts.append(len(list((tmp_path / "d" / ".parts").glob("*.json"))))
