@@ -174,7 +174,7 @@ def test_killed_at_random_moments_and_run_again(labelled, corpus, small_model, t
         process = subprocess.Popen(
             [LACY, *map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
         )
-        more, pause = (random_.randint(1, 4), random_.uniform(0, 0.3)) if number % 2 else (0, random_.uniform(0.5, 8))
+        more, pause = (random_.randint(1, 4), random_.uniform(0, 0.3)) if number % 2 else (0, random_.uniform(0.5, 5))
         _wait_for_parts(process, tmp_path / "d", (parts[-1] if parts else 0) + more)
         time.sleep(pause)
         os.killpg(process.pid, signal.SIGKILL)
