@@ -125,7 +125,7 @@ class _LabelProgress:
         )
         self._live = console.is_terminal
         self._task: Any = None
-        self._bytes = self._parts = self._streams = 0
+        self._bytes = self._parts = 0
         self._before: tuple[int, int, int, int] = (0, 0, 0, 0)
         self._began = self._told = time.monotonic()
         self.scored = 0
@@ -139,7 +139,7 @@ class _LabelProgress:
 
     def start(self, outlook: Any) -> None:
         finished = outlook.finished
-        self._bytes, self._parts, self._streams = outlook.bytes, outlook.parts, outlook.streams
+        self._bytes, self._parts = outlook.bytes, outlook.parts
         self._before = (
             len(finished),
             sum(part.rows for part in finished),

@@ -48,10 +48,9 @@ TOKENIZER = "tokenizer"
 class Outlook:
     """What a run is about to do: told once, before the work begins."""
 
-    parts: int  # planned so far; a compressed file is one until it is cut
+    parts: int  # planned so far; the parts of a compressed file come when it is cut
     bytes: int
     finished: list[PartRecord]  # by an earlier run
-    streams: int
 
 
 def annotate(
@@ -116,7 +115,7 @@ def _measure(
     streams = [item for item in planned if isinstance(item, Stream)]
     if on_start:
         size = sum(part.end - part.start for part in ranges)
-        on_start(Outlook(len(ranges), size, finished, len(streams)))
+        on_start(Outlook(len(ranges), size, finished))
     if not ranges and not streams:
         return
     # Beam's RunInference brings torch: a run that has nothing to measure does without.
