@@ -26,7 +26,7 @@ def blocks(page: Path, language: str) -> list[str]:
 
 def commands(page: Path) -> list[str]:
     lines = [line for block in blocks(page, "") for line in block.splitlines()]
-    found = [line for line in lines if re.match(r"(lacy|python|pip|make|pre-commit) ", line)]
+    found = [line for line in lines if re.match(r"(lacy|python|pip|make|pre-commit) \S", line)]
     return [line for line in found if not any(word in line for word in ELSEWHERE)]
 
 
