@@ -230,6 +230,7 @@ def test_two_runs_do_not_write_at_once(corpus, small_model, tmp_path):
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     try:
         _wait_for_parts(process, tmp_path / "d", 1)
+        process.send_signal(signal.SIGSTOP)  # it holds the dataset however long the other takes to start
         done = run_lacy(*command[1:])
         assert done.returncode == 1 and "another run is writing" in done.stderr
     finally:
