@@ -4,6 +4,7 @@ Beam's local runner neither notices a worker that was killed nor ends its worker
 reports no progress. So the graph runs in a thread of its own while the main thread watches.
 """
 
+import contextlib
 import os
 import re
 import shlex
@@ -112,11 +113,11 @@ def _workers() -> list[psutil.Process]:
 
 
 def _kill_workers() -> None:
-    for child in _workers():
-        try:
-            child.kill()
-        except psutil.NoSuchProcess:
-            continue
+    workers = _workers()
+    for worker in workers:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            worker.kill()
+    psutil.wait_procs(workers, timeout=GRACE)
 
 
 def _why(log: Path) -> str:

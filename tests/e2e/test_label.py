@@ -199,7 +199,7 @@ def test_a_killed_worker_ends_the_run_and_a_rerun_completes_it(labelled, corpus,
     assert time.monotonic() - killed < 30
     assert "worker process was killed" in stderr.splitlines()[-1]
     assert "Traceback" not in stderr
-    assert not [worker for worker in workers if worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE]
+    assert not psutil.wait_procs(workers, timeout=5)[1]
     done = run_lacy(*command)
     assert done.returncode == 0, done.stderr
     assert "going on" in done.stderr
@@ -216,7 +216,7 @@ def test_ctrl_c_leaves_a_dataset_that_can_go_on(labelled, corpus, small_model, t
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 130
     assert "run the same command to go on" in stderr and "Traceback" not in stderr
-    assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+    assert not psutil.wait_procs(children, timeout=5)[1]
     for command_ in (["stats", tmp_path / "d"], ["check", tmp_path / "d"]):
         done = run_lacy(*command_)
         assert done.returncode == 1 and "not finished" in done.stderr
