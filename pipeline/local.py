@@ -72,8 +72,7 @@ def run(
         except BaseException:
             _kill_workers()
             raise
-        finally:
-            threading.excepthook = before
+        threading.excepthook = before  # not after a failure: Beam's threads may still end with one
         if on_progress:
             on_progress(total(Path(folder)))
     if failure:
