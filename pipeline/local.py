@@ -24,7 +24,7 @@ from apache_beam.transforms.environments import SubprocessSDKEnvironment
 from pipeline.heartbeat import Counts, Heartbeat, total
 
 POLL = 0.2
-GRACE = 5.0  # seconds that the run may take to end after its first worker has
+GRACE = 5.0  # seconds that the run may take to end by itself after a worker has failed
 
 
 class RunError(Exception):
@@ -62,13 +62,20 @@ def run(
             except BaseException as error:
                 failure.append(error)
 
+        lost = threading.Event()
         before = threading.excepthook
-        if not debug:
-            threading.excepthook = lambda _: None  # Beam's threads tell of a killed worker by a traceback
+
+        def on_thread_error(args: threading.ExceptHookArgs) -> None:
+            if args.thread is not None and args.thread.name == "run_worker":  # Beam's: its process ended with an error
+                lost.set()
+            if debug:
+                before(args)
+
+        threading.excepthook = on_thread_error
         thread = threading.Thread(target=work, daemon=True, name="beam")
         thread.start()
         try:
-            _watch(thread, Path(folder), on_progress)
+            _watch(thread, lost, Path(folder), on_progress)
         except BaseException:
             _kill_workers()
             raise
@@ -80,18 +87,17 @@ def run(
         raise RunError(reason(failure[0])) from failure[0]
 
 
-def _watch(thread: threading.Thread, folder: Path, on_progress: Callable[[Counts], None] | None) -> None:
-    seen: set[psutil.Process] = set()
-    gone_at: float | None = None
+def _watch(
+    thread: threading.Thread, lost: threading.Event, folder: Path, on_progress: Callable[[Counts], None] | None
+) -> None:
+    lost_at: float | None = None
     while thread.is_alive():
         thread.join(POLL)
-        alive = set(_workers())
-        if seen - alive and gone_at is None:
-            gone_at = time.monotonic()
-        seen |= alive
+        if lost.is_set() and lost_at is None:
+            lost_at = time.monotonic()
         if on_progress:
             on_progress(total(folder))
-        if gone_at is not None and time.monotonic() - gone_at > GRACE and thread.is_alive():
+        if lost_at is not None and time.monotonic() - lost_at > GRACE and thread.is_alive():
             raise RunError(_why(folder / "workers.log"))
 
 
