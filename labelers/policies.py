@@ -43,6 +43,7 @@ _FLAGS = {
     "factual": "the grammar tagger writes it",
     "ref_nll": "label the corpus with --reference MODEL",
     "student_nll": "label the corpus with --student MODEL",
+    "judge": "label the corpus with --judge MODEL",
 }
 
 
@@ -59,6 +60,7 @@ class Policy:
     needs: tuple[str, ...] = ()  # columns; "loss" stands for student_nll where present, else ref_nll
     score: Callable[[Signals], FloatArray] | None = None
     factual_only: bool = False
+    positive_only: bool = False  # a score of 0 is none
     random: bool = False  # the key is a seeded hash
     delegates: bool = True
     budgeted: bool = True  # False: every candidate, whatever the budget
@@ -84,6 +86,13 @@ POLICIES: dict[str, Policy] = {
             lambda s: s["student_nll"] - s["ref_nll"],
             factual_only=True,
         ),
+        Policy(
+            "judge",
+            "tokens that the LLM judge marks, highest score first",
+            ("judge",),
+            lambda s: s["judge"],
+            positive_only=True,
+        ),
         Policy("factual", "all factual tokens, no budget", ("factual",), factual_only=True, budgeted=False),
         Policy("random", "a seeded hash of document id and position", random=True),
         Policy("none", "nothing", delegates=False, budgeted=False),
@@ -91,12 +100,12 @@ POLICIES: dict[str, Policy] = {
 }
 
 
-def require(policy: str, action: str = "delegate", *, reference: bool, student: bool) -> None:
-    """Raises PolicyError, before any work is done, for a policy or action that is unknown or that the scorers of a run
-    (the reference, a student) cannot serve."""
+def require(policy: str, action: str = "delegate", *, reference: bool, student: bool, judge: bool = False) -> None:
+    """Raises PolicyError, before any work is done, for a policy or action that is unknown or that the models of a run
+    (the reference, a student, a judge) cannot serve."""
     row = _policy(policy)
     _label_code(action)
-    have = {"factual": True, "ref_nll": reference, "student_nll": student}
+    have = {"factual": True, "ref_nll": reference, "student_nll": student, "judge": judge}
     for need in row.needs:
         if not have[_column(need, student)]:
             raise PolicyError(_missing(row, _column(need, student)))
@@ -141,7 +150,7 @@ def keys(
         candidates &= columns["factual"].astype(bool)
     key = np.zeros(len(position), np.uint32)
     if score is not None:
-        candidates &= ~np.isnan(score)
+        candidates &= score > 0 if row.positive_only else ~np.isnan(score)
         key = sortable(score)
     elif row.random:
         key = tie_hash(doc_hash, position, seed=seed ^ _RANDOM_STREAM)

@@ -13,6 +13,7 @@ import numpy as np
 from labelers.models import ModelError, resolve
 from labelers.windows import windows
 
+GPU_MEMORY_SHARE = 0.85  # of vLLM's engines; the rest is for the logits, which vLLM leaves out when it sizes its cache
 MAX_DEFAULT_WINDOW = 2048  # tokens; attention makes longer windows dear, and few documents are longer
 
 
@@ -34,7 +35,7 @@ class Scores:
 class Scorer(Protocol):
     """A loaded reference LLM."""
 
-    window: int  # most tokens that one forward pass reads, BOS included
+    path: str  # how it gets its scores, for the record: a backend can have several ways
 
     def score(self, documents: list[np.ndarray], on_tokens: Callable[[int], None] | None = None) -> list[Scores]:
         """One `Scores` per document, in order; a document is a (T,) array of integer token ids, without BOS.
@@ -51,7 +52,7 @@ class Scorer(Protocol):
 
 
 def load(
-    scorer: Literal["transformers", "vllm"],
+    scorer: Literal["transformers", "vllm", "server"],
     model: str,
     *,
     dtype: str = "auto",
@@ -74,7 +75,7 @@ def load(
     device            "auto" is "cuda" where there is one, else "cpu" (transformers only)
     threads           CPU threads; with one, equal calls give equal bytes whatever else the machine does
     bos               id put before each window, for models that were trained with one; it is never in the output
-    engine            further arguments of the vLLM engine
+    engine            further arguments of the vLLM engine, or of `labelers.server_scorer.ServerScorer`
 
     Raises `ModelError` when the model or the backend's package is missing, `ValueError` for settings that cannot be.
     """
@@ -94,6 +95,12 @@ def load(
             bos=bos,
             trust_remote_code=trust_remote_code,
         )
+    if scorer == "server":
+        from labelers.server_scorer import ServerScorer
+
+        return ServerScorer(
+            model, window=window, overlap=overlap, bos=bos, trust_remote_code=trust_remote_code, **engine
+        )
     if scorer == "vllm":
         from labelers.vllm_scorer import VllmScorer
 
@@ -108,7 +115,7 @@ def load(
             trust_remote_code=trust_remote_code,
             **engine,
         )
-    raise ValueError(f"no scorer {scorer!r}; known: transformers, vllm")
+    raise ValueError(f"no scorer {scorer!r}; known: transformers, vllm, server")
 
 
 @dataclass(frozen=True)

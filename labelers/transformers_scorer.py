@@ -33,6 +33,8 @@ CACHED_ROWS = 8  # rows of logits that are reduced together on a CPU: they stay 
 class TransformersScorer:
     """A causal language model of `transformers`; see `labelers.reference` for the protocol and the settings."""
 
+    path = "transformers"
+
     def __init__(
         self,
         model: str,

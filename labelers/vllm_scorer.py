@@ -16,20 +16,30 @@ process's threads; a process can hold only one such engine at a time.
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from labelers.models import ModelError, resolve
-from labelers.reference import MAX_DEFAULT_WINDOW, Scores, Span, fault_of, finish, plan_spans, settle_window
+from labelers.reference import (
+    GPU_MEMORY_SHARE,
+    MAX_DEFAULT_WINDOW,
+    Scores,
+    Span,
+    fault_of,
+    finish,
+    plan_spans,
+    settle_window,
+)
+from labelers.windows import slices
 
 CPU_BATCH_TOKENS = 2048
 GPU_BATCH_TOKENS = 4096  # the first model runner holds 6 bytes per token and vocabulary entry that it does not plan for
 CPU_CACHE_BYTES = 2 << 30
-GPU_MEMORY_SHARE = 0.85  # the rest is for the logits, which vLLM leaves out when it sizes its cache
 SLICE_TOKENS = 1 << 18  # in one call of the engine, which keeps all answers of a call until the last is there
+CPU_SLICE_TOKENS = 1 << 13  # so that progress is seen
 QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}  # where the environment does not say otherwise
 
 
@@ -58,6 +68,7 @@ class VllmScorer:
         from vllm.platforms import current_platform
 
         self.on_cpu = current_platform.is_cpu()
+        self.slice_tokens = CPU_SLICE_TOKENS if self.on_cpu else SLICE_TOKENS
         path = resolve(model)
         try:
             config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code).get_text_config()
@@ -95,12 +106,15 @@ class VllmScorer:
         finally:
             torch.set_num_threads = set_num_threads  # a CPU engine replaces it with one that does nothing
         self.by_ids = self._scores_by_ids()
+        self.path = "vllm prompt_logprob_token_ids" if self.by_ids else "vllm prompt_logprobs"
 
     def score(self, documents: list[np.ndarray], on_tokens: Callable[[int], None] | None = None) -> list[Scores]:
         faults = [fault_of(document, self.vocabulary) for document in documents]
         nll = [np.full(document.size, np.nan, dtype=np.float32) for document in documents]
         correct = None if self.by_ids else [np.zeros(document.size, dtype=bool) for document in documents]
-        for spans in slices(plan_spans(documents, faults, self.window, self.overlap, self.bos), SLICE_TOKENS):
+        planned = plan_spans(documents, faults, self.window, self.overlap, self.bos)
+        for begin, end in slices([span.end - span.begin for span in planned], self.slice_tokens):
+            spans = planned[begin:end]
             prompts = [self._prompt(documents[span.document], span) for span in spans]
             for span, answer in zip(spans, self._ask(prompts), strict=True):
                 if isinstance(answer, str):
@@ -197,21 +211,6 @@ def _read(prompt: _Prompt, output: Any) -> _Answer | None:
         return None
     nll = -np.array(flat.logprobs[prompt.score_from - 1 :], dtype=np.float32)
     return _Answer(nll, np.array(flat.ranks[prompt.score_from - 1 :]) == 1)
-
-
-def slices(spans: list[Span], max_tokens: int) -> Iterator[list[Span]]:
-    """Spans in order, in lists of at most `max_tokens` tokens; a longer span is a list of its own."""
-    batch: list[Span] = []
-    tokens = 0
-    for span in spans:
-        size = span.end - span.begin
-        if batch and tokens + size > max_tokens:
-            yield batch
-            batch, tokens = [], 0
-        batch.append(span)
-        tokens += size
-    if batch:
-        yield batch
 
 
 def _engine(model: str, settings: dict[str, Any]) -> Any:

@@ -1,5 +1,7 @@
 """Windows: how a document longer than a model's context is cut up so that each token is scored once, with context."""
 
+from collections.abc import Iterator
+
 
 def windows(n_tokens: int, size: int, overlap: int) -> list[tuple[int, int, int]]:
     """Plan windows of at most `size` tokens over a document of `n_tokens`; each is `(begin, end, score_from)`.
@@ -30,3 +32,15 @@ def windows(n_tokens: int, size: int, overlap: int) -> list[tuple[int, int, int]
         plan.append((begin, end, score_from))
         score_from = end
     return plan
+
+
+def slices(sizes: list[int], most: int) -> Iterator[tuple[int, int]]:
+    """Ranges of neighbours whose sizes add up to at most `most`; a larger one is a range of its own."""
+    begin = total = 0
+    for index, size in enumerate(sizes):
+        if index > begin and total + size > most:
+            yield begin, index
+            begin, total = index, 0
+        total += size
+    if begin < len(sizes):
+        yield begin, len(sizes)

@@ -26,7 +26,7 @@ _beam_options: list[str] = []  # what stands behind -- on the command line
 
 Dataset = Annotated[Path, typer.Argument(metavar="DATASET", help="A folder that lacy label wrote.")]
 Budget = Annotated[float, typer.Option(min=0, max=1, help="Share of all tokens that may be chosen, 0 to 1.")]
-Policy = Annotated[str, typer.Option(help="lacy, loss, rho, gain, factual, random or none (docs/policies.md).")]
+Policy = Annotated[str, typer.Option(help="lacy, loss, rho, gain, judge, factual, random or none (docs/policies.md).")]
 Action = Annotated[str, typer.Option(help="What becomes of chosen tokens: delegate, or ignore to mask them.")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Processes; default: one for each core.")]
 
@@ -68,7 +68,29 @@ def label(
         str | None, typer.Option(help="The SLM's tokenizer: folder or hub name. Default: the reference's.")
     ] = None,
     student: Annotated[str | None, typer.Option(help="A second, student-size model to score with.")] = None,
-    scorer: Annotated[str, typer.Option(help="transformers or vllm; auto: vllm on a GPU that has it.")] = "auto",
+    scorer: Annotated[
+        str, typer.Option(help="transformers, vllm or server; auto: vllm on a GPU that has it.")
+    ] = "auto",
+    server: Annotated[
+        list[str] | None,
+        typer.Option(metavar="URL[,URL...]", help="OpenAI-compatible servers; a key comes from LACY_API_KEY."),
+    ] = None,
+    judge: Annotated[
+        str | None, typer.Option(help="A chat model that marks what a small model cannot infer; for --policy judge.")
+    ] = None,
+    judge_server: Annotated[
+        list[str] | None, typer.Option(metavar="URL[,URL...]", help="Servers of the judge; default: vLLM here.")
+    ] = None,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests in flight on one server.")] = 64,
+    engines: Annotated[
+        int | None, typer.Option(min=1, help="Processes with a model, on one machine; default: one for each GPU.")
+    ] = None,
+    engine_arg: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[ROLE.]KEY=VALUE", help="For vLLM, as tensor_parallel_size=2 or judge.max_model_len=8192."
+        ),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; auto: float32 on a CPU.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu or cuda; auto: cuda where there is one.")] = "auto",
     window: Annotated[
@@ -92,6 +114,9 @@ def label(
     threads: Annotated[int, typer.Option(min=1, help="Threads of one worker.")] = 1,
     seed: Annotated[int, typer.Option(help="Of the policy random, and of ties.")] = 0,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code of the model.")] = False,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Label a sample, and say what the whole corpus will take.")
+    ] = False,
 ) -> None:
     """Label a corpus: measure every token, then decide which to learn and which to delegate.
 
@@ -109,6 +134,12 @@ def label(
             reference=None if reference == "none" else reference,
             student=student,
             scorer=scorer,  # type: ignore[arg-type]
+            server=server or [],
+            judge=judge,
+            judge_server=judge_server or [],
+            concurrency=concurrency,
+            engines=engines,
+            engine_arg=engine_arg or [],  # type: ignore[arg-type]
             dtype=dtype,  # type: ignore[arg-type]
             device=device,  # type: ignore[arg-type]
             window=window,
@@ -126,7 +157,12 @@ def label(
             threads=threads,
             trust_remote_code=trust_remote_code,
         )
-        run_label(options, policy, budget, action, seed, _beam_options, _debug)
+        if estimate:
+            from lacy.commands import run_estimate
+
+            run_estimate(options, policy, budget, _debug)
+        else:
+            run_label(options, policy, budget, action, seed, _beam_options, _debug)
 
 
 @app.command(epilog="Example:  lacy decide labelled --policy loss --budget 0.2")

@@ -5,8 +5,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from rich import filesize
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
 from rich.text import Text
 
 from schemas.manifest import LabelSet, Manifest
@@ -21,7 +23,8 @@ def run_label(
     from pipeline.decide import decide
     from pipeline.label import annotate
 
-    require(policy, action, student=options.student is not None, reference=options.reference is not None)
+    have = {role: getattr(options, role) is not None for role in ("reference", "student", "judge")}
+    require(policy, action, **have)
     console = _console()
     view = _LabelProgress(console)
     started = time.monotonic()
@@ -32,6 +35,16 @@ def run_label(
     _tell_annotated(console, manifest, time.monotonic() - started, view.scored, options.out)
     labels = decide(options.out, policy, budget=budget, action=action, seed=seed)
     _tell_decided(console, labels)
+
+
+def run_estimate(options: Any, policy: str, budget: float, debug: bool) -> None:
+    from pipeline.estimate import estimate
+
+    console = _console()
+    view = _LabelProgress(console)
+    with view:
+        found = estimate(options, policy, budget, on_start=view.start, on_progress=view.update, debug=debug)
+    _tell_estimate(found)
 
 
 def run_decide(
@@ -81,6 +94,39 @@ def run_tokenizer(corpus: list[str], out: Path, vocab_size: int, limit: int | No
     print(f"{out}: {size:,} entries, <CALL> among them, from {documents:,} documents")
 
 
+def _tell_estimate(found: Any) -> None:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("", "estimate", "90 % interval"):
+        table.add_column(name, justify="left" if not name else "right")
+
+    def row(name: str, figure: Any, show: Any) -> None:
+        table.add_row(name, show(figure.value), f"{show(figure.low)} to {show(figure.high)}")
+
+    row("corpus, uncompressed", found.corpus_bytes, _bytes)
+    row("documents", found.documents, lambda value: f"{value:,.0f}")
+    row("tokens", found.tokens, lambda value: f"{value:,.0f}")
+    row("signals on disk", found.signals_bytes, _bytes)
+    row("labels on disk", found.labels_bytes, _bytes)
+    for stage, hours in found.stages.items():
+        row(f"{stage}, on one {'engine' if stage in found.engines else 'core'}", hours, _hours)
+    engines = max(found.engines.values(), default=0)
+    beside = f", {engines} {'engine' if engines == 1 else 'engines'}" if engines else ""
+    row(f"from start to end ({found.workers} workers{beside})", found.hours, _hours)
+    sample = f"{found.sample_documents:,} documents, {found.sample_tokens:,} tokens"
+    Console(soft_wrap=True, highlight=False).print(
+        f"The whole corpus, by a sample of {sample} labelled on this machine\n"
+    )
+    Console(highlight=False).print(table)
+
+
+def _bytes(value: float) -> str:
+    return filesize.decimal(round(value))
+
+
+def _hours(value: float) -> str:
+    return _span(3600 * value) if value < 100 else f"{value:,.0f} h"
+
+
 def _console() -> Console:
     """For messages: on stderr, as they stand, not broken into lines where there is no terminal."""
     return Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
@@ -92,6 +138,12 @@ def _tell_annotated(console: Console, manifest: Manifest, seconds: float, scored
         f"{manifest.documents:,} documents, {manifest.tokens:,} tokens in {len(manifest.parts):,} parts"
         f" ({_span(seconds)}{rate})"
     )
+    if manifest.judged:
+        told = manifest.judged
+        console.print(
+            f"judge: {told['windows_judged']:,} windows judged, {told['windows_unjudged']:,} not; "
+            f"{told['spans']:,} spans, {told['spans_dropped']:,} dropped (not in the text)"
+        )
     if manifest.bad:
         console.print(f"{manifest.bad:,} bad records: see {out / 'deadletter'}", style="yellow")
 
@@ -160,11 +212,12 @@ class _LabelProgress:
         total_bytes = self._bytes + counts.planned_bytes
         fraction = self._fraction(counts, total_bytes)
         left = f", {_span(elapsed / fraction - elapsed)} left" if counts.parts else ""
+        restarts = f", {counts.restarts:,} engine restarts" if counts.restarts else ""
         all_parts = parts + self._parts + counts.planned_parts
         text = (
             f"{documents + counts.documents:,} documents, {tokens + self.scored:,} tokens, "
             f"{self.scored / max(elapsed, 1e-9):,.0f} tokens/s, "
-            f"{parts + counts.parts:,}/{all_parts:,} parts, {bad + counts.bad:,} bad{left}"
+            f"{parts + counts.parts:,}/{all_parts:,} parts, {bad + counts.bad:,} bad{restarts}{left}"
         )
         if not self.scored and not counts.parts:
             text = "loading models"

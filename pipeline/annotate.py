@@ -1,12 +1,13 @@
 """The graph that measures: corpus ranges in, signal parts on disk out.
 
     ranges ----------------------------+
-    streams -> cut into ranges (spool) +-> reshuffle -> read, tokenise -> grammar -> reference LLM -> write part
+    streams -> cut into ranges (spool) +-> reshuffle -> read, tokenise -> grammar -> LLMs -> write part
 
 What crosses the shuffle is a description of a range, not its data. Behind it all steps are fused on a local runner,
 so a part is on disk before the next one is read, and an interrupted run loses no more than the parts in hand.
 """
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +19,9 @@ from apache_beam.ml.inference.base import RunInference
 from labelers import tokenize
 from pipeline import spool
 from pipeline.element import Part
-from pipeline.handlers import GrammarHandler, ScoreHandler
-from pipeline.heartbeat import Heartbeat
-from pipeline.options import ScorerSpec
+from pipeline.handlers import GrammarHandler, JudgeHandler, ScoreHandler
+from pipeline.heartbeat import Heartbeat, PartCost
+from pipeline.options import ModelSpec
 from pipeline.readers import Bad, read
 from pipeline.sources import Range, Stream
 from pipeline.write import write_part
@@ -40,8 +41,7 @@ class AnnotatePlan:
     spacy: str
     rule: dict[str, bool]  # options of labelers.grammar.tag
     alignment: str
-    reference: ScorerSpec | None
-    student: ScorerSpec | None
+    models: dict[str, ModelSpec]  # by role: reference, student, judge
     keep_text: bool
 
 
@@ -60,12 +60,14 @@ def build(pipeline: beam.Pipeline, plan: AnnotatePlan, heartbeat: Heartbeat) -> 
         | "read" >> beam.ParDo(_Read(plan.tokenizer, heartbeat))
         | "grammar" >> RunInference(GrammarHandler(plan.spacy, plan.rule, plan.alignment))
     )
-    if plan.reference:
-        parts |= "reference" >> RunInference(ScoreHandler(plan.reference, "ref_nll", "ref_correct", heartbeat))
+    if reference := plan.models.get("reference"):
+        parts |= "reference" >> RunInference(ScoreHandler(reference, "ref_nll", "ref_correct", heartbeat))
     else:
         parts |= "no reference" >> beam.Map(_without_scores)
-    if plan.student:
-        parts |= "student" >> RunInference(ScoreHandler(plan.student, "student_nll", None, heartbeat))
+    if student := plan.models.get("student"):
+        parts |= "student" >> RunInference(ScoreHandler(student, "student_nll", None, heartbeat))
+    if judge := plan.models.get("judge"):
+        parts |= "judge" >> RunInference(JudgeHandler(judge, heartbeat))
     parts | "write" >> beam.ParDo(_Write(plan.dataset, plan.keep_text, heartbeat))
 
 
@@ -95,6 +97,7 @@ class _Read(beam.DoFn):
         self._tokenizer = tokenize.load(self._name)
 
     def process(self, part: Range) -> Iterator[Part]:
+        started = time.monotonic()
         documents = read(part)
         bad, seen = list(documents.bad), set()
         keep = []
@@ -116,7 +119,7 @@ class _Read(beam.DoFn):
                 "token_ends": tokens.lists(tokens.ends),
             }
         )
-        yield Part(part, batch, tuple(bad), documents.skipped)
+        yield Part(part, batch, tuple(bad), documents.skipped, {"read": time.monotonic() - started})
 
 
 class _Write(beam.DoFn):
@@ -126,12 +129,24 @@ class _Write(beam.DoFn):
         self._dataset, self._keep_text, self._heartbeat = dataset, keep_text, heartbeat
 
     def process(self, part: Part) -> Iterator[PartRecord]:
+        started = time.monotonic()
         table = pa.Table.from_batches([part.batch])
         if not self._keep_text:
             table = table.drop_columns(["text"])
-        record = write_part(self._dataset, part.range.name, part.range.source, table, part.bad, part.skipped)
+        record = write_part(
+            self._dataset,
+            part.range.name,
+            part.range.source,
+            table,
+            part.bad,
+            skipped=part.skipped,
+            scored=part.scored,
+            judged=part.judged,
+        )
         spool.discard(self._dataset, part.range)
-        self._heartbeat.finished(record.rows, record.tokens, record.bad, part.range.end - part.range.start)
+        seconds = part.seconds | {"write": time.monotonic() - started}
+        cost = PartCost(part.range.end - part.range.start, record.rows, record.tokens, record.bytes, seconds)
+        self._heartbeat.finished(cost, record.bad)
         yield record
 
 

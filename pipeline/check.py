@@ -142,6 +142,10 @@ def _signals(table: pa.Table, record: PartRecord, tokenizer: tokenize.TargetToke
             yield f"{name}: the first token of a document has a score"
         if np.isinf(values).any() or (values < 0).any():
             yield f"{name}: a score is negative or infinite"
+    if "judge" in columns:
+        values = columns["judge"].values.to_numpy(zero_copy_only=False)
+        if ((values < 0) | (values > 1)).any():
+            yield "judge: a score is not between 0 and 1"
     if "text" in columns:
         lengths = np.array([len(text) for text in columns["text"].to_pylist()])
         last = offsets[1:][np.diff(offsets) > 0] - 1
@@ -150,7 +154,7 @@ def _signals(table: pa.Table, record: PartRecord, tokenizer: tokenize.TargetToke
 
 
 def _labels(decided: pa.Table, signals: pa.Table, delegated: int, ignored: int) -> Iterator[str]:
-    for name in ("doc_id", "token_ids", "factual", "ref_nll", "student_nll"):
+    for name in ("doc_id", "token_ids", "factual", "ref_nll", "student_nll", "judge"):
         if name in decided.schema.names and not decided[name].equals(signals[name]):
             yield f"{name} differs from the signals"
     column = decided["label"].combine_chunks()

@@ -68,7 +68,8 @@ def decide(
     Raises DatasetError for a dataset that is missing or unfinished, PolicyError, RunError.
     """
     manifest = read_complete(dataset)
-    policies.require(policy, action, reference="reference" in manifest.models, student="student" in manifest.models)
+    have = {role: role in manifest.models for role in ("reference", "student", "judge")}
+    policies.require(policy, action, **have)
     name = name or policy
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
         raise policies.PolicyError(f"{name!r} cannot name a label set: use letters, digits, '.', '_' and '-'")
@@ -182,7 +183,7 @@ def _read(
 ) -> tuple[dict[str, npt.NDArray[Any]], npt.NDArray[np.uint64], npt.NDArray[np.int64]]:
     """The signals that a policy needs, and for each token its document's hash and its position."""
     path = signals_path(dataset, part)
-    wanted = {"factual", "ref_nll", "student_nll"} & set(pq.read_schema(path).names)
+    wanted = {"factual", "ref_nll", "student_nll", "judge"} & set(pq.read_schema(path).names)
     table = pq.read_table(path, columns=["doc_id", "token_ids", *sorted(wanted)])
     offsets = table["token_ids"].combine_chunks().offsets.to_numpy()
     lengths = np.diff(offsets)

@@ -1,6 +1,6 @@
 """The element that flows through the labelling graph."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +21,9 @@ class Part:
     batch: pa.RecordBatch
     bad: tuple[Bad, ...] = ()
     skipped: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)  # of work by stage
+    scored: dict[str, str] = field(default_factory=dict)  # how each scorer asked its engine: role -> path
+    judged: dict[str, int] = field(default_factory=dict)  # the judge's windows and spans, counted
 
     def __len__(self) -> int:
         return self.batch.num_rows
@@ -43,6 +46,9 @@ class Part:
         for name, column in columns.items():
             batch = batch.append_column(name, column)
         return replace(self, batch=batch)
+
+    def timed(self, stage: str, seconds: float) -> "Part":
+        return replace(self, seconds=self.seconds | {stage: seconds})
 
     def without(self, errors: dict[int, str]) -> "Part":
         """Move rows to the bad documents, each with its reason."""

@@ -1,17 +1,20 @@
-"""The two models of the labelling graph, as RunInference handlers over whole parts: grammar and reference LLM."""
+"""The models of the labelling graph, as RunInference handlers over whole parts: grammar, scorers, judge."""
 
+import importlib
+import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from apache_beam.ml.inference.base import ModelHandler
 
-from labelers import align, reference, tokenize
+from labelers import align, tokenize
+from labelers.engines import EngineChat, Engines, EngineScorer, EngineSpec, run_folder
 from pipeline.element import Part
 from pipeline.heartbeat import Heartbeat
-from pipeline.options import ScorerSpec
+from pipeline.options import ModelSpec
 
 
 class _PartHandler(ModelHandler[Part, Part, Any]):
@@ -41,48 +44,67 @@ class GrammarHandler(_PartHandler):
         part: Part = batch  # type: ignore[assignment]
         from labelers import grammar
 
+        started = time.monotonic()
         texts, tokens = part.texts(), part.tokens()
         words = grammar.tag(model, texts, **self._rule)
         word = align.token_words(tokens, texts, words.doc, words.start, words.end, policy=self._alignment)
         missing = len(words.doc)  # the place of a row of zeros behind the last word
         word = np.where(word < 0, missing, word)
         signals = {name: np.append(getattr(words, name), 0)[word] for name in ("factual", "pos", "ent_type")}
-        return [
-            part.with_columns(
-                factual=tokens.lists(signals["factual"].astype(bool)),
-                pos=tokens.lists(signals["pos"].astype(np.uint8)),
-                ent_type=tokens.lists(signals["ent_type"].astype(np.uint8)),
-            )
-        ]
+        tagged = part.with_columns(
+            factual=tokens.lists(signals["factual"].astype(bool)),
+            pos=tokens.lists(signals["pos"].astype(np.uint8)),
+            ent_type=tokens.lists(signals["ent_type"].astype(np.uint8)),
+        )
+        return [tagged.timed("grammar", time.monotonic() - started)]
 
 
 @dataclass
 class _Loaded:
     """Beam shares models by weak reference, so they must be of a class."""
 
-    scorer: reference.Scorer
+    model: Any
+    engines: Engines | None
     tokenizer: tokenize.TargetTokenizer | None
+
+    def clock(self) -> float:
+        """Seconds of work: of the engines, which are not waited for alone, or else of this process."""
+        return self.engines.seconds if self.engines else time.monotonic()
+
+
+def _load(spec: ModelSpec, on_engine: Any, heartbeat: Heartbeat) -> _Loaded:
+    """The model of a spec: in this process, or on engines that the workers of a machine share."""
+    tokenizer = tokenize.load(spec.tokenizer) if spec.tokenizer else None
+    if not spec.engines:
+        module, _, name = spec.factory.partition(":")
+        return _Loaded(getattr(importlib.import_module(module), name)(**spec.arguments), None, tokenizer)
+    engines = Engines(
+        EngineSpec(spec.role, spec.factory, spec.arguments, spec.engines, spec.gpus),
+        run_folder(heartbeat.run),
+        heartbeat.launcher,
+        heartbeat.restarted,
+    )
+    return _Loaded(on_engine(engines), engines, tokenizer)
 
 
 class ScoreHandler(_PartHandler):
     """Adds `<column>`, the negative log-likelihood of each token, and `correct_column` where it is asked for."""
 
-    def __init__(self, spec: ScorerSpec, column: str, correct_column: str | None, heartbeat: Heartbeat):
+    def __init__(self, spec: ModelSpec, column: str, correct_column: str | None, heartbeat: Heartbeat):
         self._spec, self._column, self._correct, self._heartbeat = spec, column, correct_column, heartbeat
 
     def load_model(self) -> _Loaded:
-        spec = self._spec
-        tokenizer = tokenize.load(spec.tokenizer) if spec.tokenizer else None
-        return _Loaded(reference.load(spec.scorer, spec.model, **spec.arguments), tokenizer)
+        return _load(self._spec, EngineScorer, self._heartbeat)
 
     def run_inference(
         self, batch: Sequence[Part], model: _Loaded, inference_args: dict[str, Any] | None = None
     ) -> Iterable[Part]:
         part: Part = batch  # type: ignore[assignment]
+        started = model.clock()
         target = part.tokens()
         source = tokenize.encode(model.tokenizer, part.texts()) if model.tokenizer else target
         documents = np.split(source.ids, source.offsets[1:-1]) if len(part) else []
-        scores = model.scorer.score(documents, on_tokens=self._heartbeat.scored)
+        scores = model.model.score(documents, on_tokens=self._heartbeat.scored)
         lengths = [len(document) for document in documents]
         nll = _flat([score.nll for score in scores], lengths, np.nan, np.float32)
         correct = None
@@ -95,7 +117,33 @@ class ScoreHandler(_PartHandler):
         if self._correct and correct is not None:
             columns[self._correct] = target.lists(correct)
         errors = {row: score.error for row, score in enumerate(scores) if score.error}
-        return [part.with_columns(**columns).without(errors)]
+        scored = replace(part, scored=part.scored | {self._spec.role: model.model.path}).with_columns(**columns)
+        return [scored.without(errors).timed(self._spec.role, model.clock() - started)]
+
+
+class JudgeHandler(_PartHandler):
+    """Adds `judge`: how much an LLM marks each token as what a small model cannot infer."""
+
+    def __init__(self, spec: ModelSpec, heartbeat: Heartbeat):
+        self._spec, self._heartbeat = spec, heartbeat
+
+    def load_model(self) -> _Loaded:
+        return _load(self._spec, EngineChat, self._heartbeat)
+
+    def run_inference(
+        self, batch: Sequence[Part], model: _Loaded, inference_args: dict[str, Any] | None = None
+    ) -> Iterable[Part]:
+        part: Part = batch  # type: ignore[assignment]
+        from labelers import judge
+
+        started = model.clock()
+        texts, tokens = part.texts(), part.tokens()
+        verdicts = judge.judge(model.model, texts)
+        signal = judge.token_scores(verdicts, tokens, texts)
+        judged = replace(part, judged=verdicts.counts()).with_columns(
+            judge=tokens.lists(pa.array(signal, from_pandas=True))
+        )
+        return [judged.timed("judge", model.clock() - started)]
 
 
 def _flat(arrays: Sequence[np.ndarray | None], lengths: Sequence[int], missing: Any, dtype: type) -> np.ndarray:

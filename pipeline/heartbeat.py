@@ -24,6 +24,18 @@ class Counts:
     bytes: int = 0  # of the corpus ranges of finished parts
     planned_parts: int = 0  # found while a stream was cut
     planned_bytes: int = 0
+    restarts: int = 0  # of engines that died
+
+
+@dataclass(frozen=True)
+class PartCost:
+    """What a finished part took."""
+
+    bytes: int  # of the corpus
+    documents: int
+    tokens: int
+    disk: int  # bytes of the signals file
+    seconds: dict[str, float]  # of work, by stage
 
 
 @dataclass(frozen=True)
@@ -31,6 +43,7 @@ class Heartbeat:
     """Where this run's workers report; `folder` is None on runners that share no disk with the launcher."""
 
     folder: str | None
+    run: str  # a name that no other run has
     launcher: int = 0  # process id
 
     def start(self) -> None:
@@ -49,18 +62,25 @@ class Heartbeat:
 
         self._change(change)
 
-    def finished(self, documents: int, tokens: int, bad: int, size: int) -> None:
+    def restarted(self) -> None:
+        """An engine died and was started again."""
+        self._change(lambda counts: setattr(counts, "restarts", counts.restarts + 1), now=True)
+
+    def finished(self, cost: PartCost, bad: int) -> None:
         """The part in hand is on disk."""
 
         def change(counts: Counts) -> None:
-            counts.documents += documents
-            counts.tokens += tokens
+            counts.documents += cost.documents
+            counts.tokens += cost.tokens
             counts.bad += bad
-            counts.bytes += size
+            counts.bytes += cost.bytes
             counts.parts += 1
             counts.scored = 0
 
         self._change(change, now=True)
+        if self.folder is not None:
+            with open(Path(self.folder) / f"{os.getpid()}.parts", "a") as file:
+                file.write(json.dumps(asdict(cost)) + "\n")
 
     def _change(self, change: Callable[[Counts], None], now: bool = False) -> None:
         if self.folder is None:
@@ -83,6 +103,12 @@ def total(folder: Path) -> Counts:
         for name, value in json.loads(path.read_text()).items():
             setattr(result, name, getattr(result, name) + value)
     return result
+
+
+def costs(folder: Path) -> list[PartCost]:
+    """Of all parts that this run has finished."""
+    lines = [line for path in sorted(folder.glob("*.parts")) for line in path.read_text().splitlines()]
+    return [PartCost(**json.loads(line)) for line in lines]
 
 
 class _State:

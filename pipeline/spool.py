@@ -20,6 +20,7 @@ from pipeline.sources import Range, Stream, part_name
 from schemas.files import write_atomic
 
 FOLDER = ".spool"
+EXPANSION_BYTES = 8 << 20
 
 
 def spool(stream: Stream, dataset: Path, part_bytes: int, committed: set[str]) -> list[Range]:
@@ -70,6 +71,21 @@ def cut(stream: Stream, dataset: Path, part_bytes: int, committed: set[str]) -> 
         first += size
     if pieces or breaks:
         yield flush(breaks[0] if breaks else "")
+
+
+def expansion(stream: Stream) -> float:
+    """Uncompressed bytes for each byte of a stream, by its first 8 MiB; 1.0 where nothing can be read."""
+    size = 0
+    try:
+        with open_file(stream.source) as file:
+            for chunk in _OPENERS[stream.compression](file):
+                size += len(chunk)
+                if size >= EXPANSION_BYTES:
+                    break
+            read = file.tell()
+    except (OSError, EOFError, zlib.error, zstandard.ZstdError):
+        return 1.0
+    return size / read if size and read else 1.0
 
 
 def discard(dataset: Path, part: Range) -> None:

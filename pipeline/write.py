@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -13,9 +14,17 @@ from schemas.parts import SIGNALS, select, to_parquet
 
 
 def write_part(
-    dataset: Path, name: str, source: str, table: pa.Table, bad: tuple[Bad, ...], skipped: int
+    dataset: Path,
+    name: str,
+    source: str,
+    table: pa.Table,
+    bad: tuple[Bad, ...],
+    **facts: Any,
 ) -> PartRecord:
-    """Write the files of a part and, last, its record. Writing it again gives the same bytes."""
+    """Write the files of a part and, last, its record; `facts` are fields of it that the table does not tell.
+
+    Writing a part again gives the same bytes.
+    """
     data: memoryview | bytes = b""
     if table.num_rows:
         schema = select(SIGNALS, table.schema.names)
@@ -31,10 +40,10 @@ def write_part(
         tokens=len(table.column("token_ids").combine_chunks().flatten()),
         factual=table.column("factual").combine_chunks().flatten().true_count if table.num_rows else 0,
         bad=len(bad),
-        skipped=skipped,
         bytes=len(data),
         sha256=sha256(data),
         deadletter_sha256=sha256(letters) if letters else "",
+        **facts,
     )
     save(record_path(dataset, name), record)
     return record

@@ -40,6 +40,8 @@ class PartRecord(_Model):
     factual: int
     bad: int
     skipped: int = 0  # records that are no documents, like a dump's redirects
+    scored: dict[str, str] = {}  # how each scorer asked its engine: role -> path
+    judged: dict[str, int] = {}  # the judge's windows and spans, counted
     bytes: int  # of the Parquet file; 0 when the part has no row, and then no file
     sha256: str
     deadletter_sha256: str = ""
@@ -63,6 +65,7 @@ class Manifest(_Model):
     factual: int = 0
     bad: int = 0
     skipped: int = 0
+    judged: dict[str, int] = {}
     parts: list[PartRecord] = []
 
     def fingerprint(self) -> str:

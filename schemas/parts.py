@@ -24,6 +24,7 @@ SIGNALS = pa.schema(
         pa.field("ref_nll", pa.list_(pa.float32()), nullable=False),  # nats; null where there is no score
         pa.field("ref_correct", pa.list_(pa.bool_())),  # the reference's most likely token is this one
         pa.field("student_nll", pa.list_(pa.float32())),
+        pa.field("judge", pa.list_(pa.float32())),  # 0 to 1: how much the LLM judge marks it; null where it gave none
     ]
 )
 LABELS = pa.schema(
@@ -34,13 +35,14 @@ LABELS = pa.schema(
         SIGNALS.field("factual"),
         SIGNALS.field("ref_nll"),
         SIGNALS.field("student_nll"),
+        SIGNALS.field("judge"),
     ]
 )
-OPTIONAL = ("text", "ref_correct", "student_nll")
+OPTIONAL = ("text", "ref_correct", "student_nll", "judge")
 TOKEN_COLUMNS = tuple(field.name for field in SIGNALS if pa.types.is_list(field.type))
 
 # Measured on labelled Wikipedia: codes repeat, offsets rise, losses share exponents, zstd does best with plain ids.
-_DICTIONARY = {"label", "pos", "ent_type"}
+_DICTIONARY = {"label", "pos", "ent_type", "judge"}
 _ENCODING = {
     "token_starts": "DELTA_BINARY_PACKED",
     "token_ends": "DELTA_BINARY_PACKED",

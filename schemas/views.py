@@ -14,6 +14,7 @@
     factual                             boolean
     pos, ent_type                       names; NULL for none
     ref_nll, student_nll                nats; NULL where there is no score
+    judge                               0 to 1; NULL where the judge gave no verdict
     ref_correct                         boolean; NULL where it is not known
 
 `labels`, the columns of `tokens` once for each label set, and:
@@ -198,6 +199,7 @@ SELECT {decided}
     {_name(ENT_TYPES, "ent_type")} AS ent_type,
     ref_nll[i] AS ref_nll,
     student_nll[i] AS student_nll,
+    judge[i] AS judge,
     ref_correct[i] AS ref_correct
 FROM sides"""
 

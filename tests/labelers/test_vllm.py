@@ -14,8 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from labelers import models, reference
 from labelers.models import ModelError
-from labelers.reference import Scores, Span
-from labelers.vllm_scorer import VllmScorer, _Answer, _Prompt, _read, slices
+from labelers.reference import Scores
+from labelers.vllm_scorer import VllmScorer, _Answer, _Prompt, _read
 
 VOCABULARY, CONTEXT, OVERLAP = 160, 64, 6
 WINDOW = CONTEXT - 1  # the longest that vLLM can score
@@ -121,7 +121,7 @@ def test_a_bad_document_has_an_error_and_spares_the_others(engine: VllmScorer) -
 def test_many_small_slices_are_one_result(engine: VllmScorer, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = documents(30, 150, 12, 40)
     whole = engine.score(texts)
-    monkeypatch.setattr("labelers.vllm_scorer.SLICE_TOKENS", 65)
+    monkeypatch.setattr(engine, "slice_tokens", 65)
     for one, other in zip(whole, engine.score(texts), strict=True):
         np.testing.assert_allclose(one.nll, other.nll, atol=1e-4)
 
@@ -196,12 +196,6 @@ def test_requests_by_ids_name_the_scored_tokens(engine: VllmScorer, monkeypatch:
             assert scores.error is None
             assert scores.correct is None
             np.testing.assert_array_equal(scores.nll[1:], document[1:])
-
-
-def test_slices_are_bounded_and_keep_order() -> None:
-    spans = [Span(index, 0, size, 1) for index, size in enumerate([5, 5, 1, 12, 3])]
-    assert [[span.document for span in batch] for batch in slices(spans, 10)] == [[0, 1], [2], [3], [4]]
-    assert list(slices([], 10)) == []
 
 
 @needs_vllm

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from labelers.windows import windows
+from labelers.windows import slices, windows
 
 
 def test_the_docstring_example() -> None:
@@ -39,3 +39,8 @@ def test_each_token_but_the_first_is_scored_once_with_context(data: st.DataObjec
         assert end - begin <= size
         assert end - begin == size or index == len(plan) - 1
         assert score_from - begin == (overlap if index else 1)
+
+
+def test_slices_are_bounded_and_keep_order():
+    assert list(slices([5, 5, 1, 12, 3], 10)) == [(0, 2), (2, 3), (3, 4), (4, 5)]
+    assert list(slices([], 10)) == []

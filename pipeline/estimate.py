@@ -1,0 +1,210 @@
+"""`lacy label --estimate`: label a sample of a corpus as it would be labelled, and say what all of it will take.
+
+The sample is some pieces of the corpus at even distances, from a random start; a compressed file gives its first
+pieces, as only these can be reached. Totals are ratios to the bytes of the sampled pieces; their intervals come from
+drawing the pieces again, with replacement (the bootstrap).
+"""
+
+import random
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline import spool
+from pipeline.decide import decide
+from pipeline.heartbeat import Counts, PartCost
+from pipeline.label import Outlook, begin, finish, measure, models_of
+from pipeline.options import LabelOptions, ModelSpec
+from pipeline.sources import CorpusError, Range, Stream, default_part_bytes, find_files, part_name, plan
+from schemas.manifest import CorpusFile
+from schemas.parts import to_parquet
+
+PIECES = 24
+CPU_PIECE_BYTES = 1 << 14  # some thousand tokens: a minute or two in all, on a laptop
+DRAWS = 2000
+CONFIDENCE = 0.9
+Draws = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A total for the whole corpus, and its 90 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What labelling a whole corpus takes.
+
+    stages  work in hours: of a core, or of an engine where the stage has engines
+    hours   from start to end, with the workers and engines that the options ask for
+    """
+
+    corpus_bytes: Figure  # uncompressed
+    documents: Figure
+    tokens: Figure
+    signals_bytes: Figure
+    labels_bytes: Figure
+    stages: dict[str, Figure]
+    hours: Figure
+    sample_tokens: int
+    sample_documents: int
+    workers: int
+    engines: dict[str, int]  # by stage
+
+
+def estimate(
+    options: LabelOptions,
+    policy: str = "lacy",
+    budget: float = 0.15,
+    *,
+    seed: int = 0,
+    on_start: Callable[[Outlook], None] | None = None,
+    on_progress: Callable[[Counts], None] | None = None,
+    debug: bool = False,
+) -> Estimate:
+    """Label a sample in a temporary folder; nothing is written to `options.out`.
+
+    Raises what `pipeline.label.annotate` raises.
+    """
+    if options.limit:
+        raise CorpusError("--estimate is for the whole corpus: leave out --limit")
+    files = find_files(options.corpus)
+    tokenizer, specs = models_of(options)
+    part_bytes = options.part_bytes or default_part_bytes(files)
+    on_cpu = all(spec.backend == "transformers" and not spec.engines for spec in specs.values())
+    piece = min(part_bytes, CPU_PIECE_BYTES) if on_cpu else part_bytes
+    with tempfile.TemporaryDirectory(prefix="lacy-estimate-") as folder:
+        dataset = Path(folder) / "sample"
+        sizes = _uncompressed(files)
+        total = sum(size.mean() for size in sizes.values())
+        pieces = list(_sample(files, sizes, piece, dataset, seed))
+        options = options.model_copy(update={"out": dataset, "part_bytes": piece})
+        manifest = begin(options, files, tokenizer, specs)
+        costs = measure(options, list(pieces), dataset, specs, on_start=on_start, on_progress=on_progress, debug=debug)
+        finish(dataset, manifest, max_bad=1.0)
+        decide(dataset, policy, budget=budget)
+        signals, labels = (_bytes_per_token(dataset / kind) for kind in ("signals", f"labels/{policy}"))
+    return _extrapolate(
+        costs, np.sum(list(sizes.values()), axis=0), total, signals, labels, options.workers, specs, seed
+    )
+
+
+def _uncompressed(files: list[CorpusFile]) -> dict[str, Draws]:
+    """The bytes of each file when it is uncompressed, DRAWS times: known, or by the expansion of a few files."""
+    streams = [item for item in plan(files, 1 << 40) if isinstance(item, Stream)]
+    known = {file.path: file.bytes for file in files}
+    generator = random.Random(0)
+    looked_at = generator.sample(streams, min(PIECES, len(streams)))
+    expansion = np.array([spool.expansion(stream) for stream in looked_at])
+    draw = np.random.default_rng(0)
+    of_stream = {stream.source: ratio for stream, ratio in zip(looked_at, expansion, strict=True)}
+    compressed = {stream.source for stream in streams}
+    sizes = {}
+    for path, size in known.items():
+        if path not in compressed:
+            ratio = np.ones(DRAWS)
+        elif path in of_stream:
+            ratio = np.full(DRAWS, of_stream[path])
+        else:
+            ratio = draw.choice(expansion, (DRAWS, len(expansion))).mean(1)
+        sizes[path] = size * ratio
+    return sizes
+
+
+def _sample(files: list[CorpusFile], sizes: dict[str, Draws], piece: int, dataset: Path, seed: int) -> Iterator[Range]:
+    """Pieces at even distances over the corpus, each once, in order."""
+    planned = plan(files, piece)
+    total = sum(size.mean() for size in sizes.values())
+    step = max(total / PIECES, piece)
+    position = random.Random(seed).random() * step if total > PIECES * piece else 0.0
+    wanted = np.arange(position, total, step)
+    start = 0.0
+    for index, file in enumerate(files):
+        size = sizes[file.path].mean()
+        inside = wanted[(wanted >= start) & (wanted < start + size)] - start
+        mine = [item for item in planned if (item.source == file.path)]
+        if mine and isinstance(mine[0], Stream):
+            yield from islice(spool.cut(mine[0], dataset, piece, set()), len(inside))
+        elif mine and isinstance(mine[0], Range) and mine[0].format == "txt":
+            yield from (item for item in mine[: len(inside)] if isinstance(item, Range))
+        else:
+            for number in sorted({int(offset // piece) for offset in inside}):
+                begin = number * piece
+                end = min(begin + piece, file.bytes)
+                first = mine[0]
+                assert isinstance(first, Range)
+                yield replace(first, name=part_name(index, begin), start=begin, end=end)
+        start += size
+
+
+def _bytes_per_token(folder: Path) -> float:
+    """Of one part that holds the whole sample: its pieces are too small to tell."""
+    tables = [pq.read_table(path) for path in sorted(folder.glob("*.parquet"))]
+    whole = pa.concat_tables(tables).combine_chunks()
+    return len(to_parquet(whole)) / max(1, len(whole["token_ids"].combine_chunks().flatten()))
+
+
+def _extrapolate(
+    costs: list[PartCost],
+    corpus_bytes: Draws,
+    total: float,
+    signals: float,
+    labels: float,
+    workers: int,
+    specs: dict[str, ModelSpec],
+    seed: int,
+) -> Estimate:
+    stages = list(dict.fromkeys(stage for cost in costs for stage in cost.seconds))
+    table = np.array(
+        [
+            [cost.bytes, cost.documents, cost.tokens, *(cost.seconds.get(stage, 0.0) for stage in stages)]
+            for cost in sorted(costs, key=lambda cost: (cost.bytes, cost.tokens))
+        ]
+    )  # (pieces, columns)
+    ratio = table.sum(0) / table[:, 0].sum()
+    rng = np.random.default_rng(seed)
+    drawn = table[rng.integers(0, len(table), (DRAWS, len(table)))].sum(1)  # (DRAWS, columns)
+    spread = drawn / drawn[:, :1] - ratio
+    seen = min(1.0, table[:, 0].sum() / total)  # of the corpus: counts of what has been seen are not uncertain
+    shrink = np.where(np.arange(table.shape[1]) < 3, np.sqrt(1 - seen), 1.0)
+    draws = (ratio + spread * shrink) * corpus_bytes[:, None]
+    values = ratio * total
+
+    def figure(value: float, drawn: Draws) -> Figure:
+        low, high = np.quantile(drawn, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+        return Figure(float(value), float(low), float(high))
+
+    column = {name: 3 + index for index, name in enumerate(stages)}
+    engines = {role: spec.engines for role, spec in specs.items() if spec.engines}
+    on_engines = [column[stage] for stage in stages if stage in engines]
+    by_workers = [column[stage] for stage in stages if stage not in engines]
+    count = max(engines.values(), default=1)
+
+    def wall(rows: Draws) -> Draws:
+        """Workers and engines work side by side."""
+        return np.maximum(rows[..., by_workers].sum(-1) / workers, rows[..., on_engines].sum(-1) / count) / 3600
+
+    return Estimate(
+        corpus_bytes=figure(total, corpus_bytes),
+        documents=figure(values[1], draws[:, 1]),
+        tokens=figure(values[2], draws[:, 2]),
+        signals_bytes=figure(values[2] * signals, draws[:, 2] * signals),
+        labels_bytes=figure(values[2] * labels, draws[:, 2] * labels),
+        stages={stage: figure(values[at] / 3600, draws[:, at] / 3600) for stage, at in column.items()},
+        hours=figure(float(wall(values)), wall(draws)),
+        sample_tokens=int(table[:, 2].sum()),
+        sample_documents=int(table[:, 1].sum()),
+        workers=workers,
+        engines=engines,
+    )
