@@ -180,6 +180,18 @@ def check_window(
         raise ModelError(" ".join(str(error).split())[:300]) from None
 
 
+def spare_window(model: str, *, trust_remote_code: bool = False) -> int:
+    """The default window of a scorer that must generate a token: the context less one, at most 2048 tokens."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(resolve(model), trust_remote_code=trust_remote_code).get_text_config()
+    except (OSError, ValueError) as error:
+        raise ModelError(" ".join(str(error).split())[:300]) from None
+    context = getattr(config, "max_position_embeddings", None) or MAX_DEFAULT_WINDOW + 1
+    return min(context - 1, MAX_DEFAULT_WINDOW)
+
+
 def finish(nll: list[np.ndarray], correct: list[np.ndarray] | None, faults: list[str | None]) -> list[Scores]:
     """Filled arrays to `Scores`; a document without a fault whose scores are not all finite gets one."""
     done = []

@@ -59,16 +59,10 @@ class VllmScorer:
         trust_remote_code: bool = False,
         **engine: Any,
     ) -> None:
-        if importlib.util.find_spec("vllm") is None:
-            raise ModelError("the vllm scorer needs vLLM: pip install 'lacy[vllm]'")
-        for name, value in QUIET.items():
-            os.environ.setdefault(name, value)
-        import torch
-        from transformers import AutoConfig
-        from vllm.platforms import current_platform
-
-        self.on_cpu = current_platform.is_cpu()
+        self.on_cpu = prepare()
         self.slice_tokens = CPU_SLICE_TOKENS if self.on_cpu else SLICE_TOKENS
+        from transformers import AutoConfig
+
         path = resolve(model)
         try:
             config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code).get_text_config()
@@ -84,27 +78,15 @@ class VllmScorer:
             raise ValueError(f"BOS id {bos} is outside the model's {self.vocabulary} tokens")
         max_batch_tokens = max_batch_tokens or (CPU_BATCH_TOKENS if self.on_cpu else GPU_BATCH_TOKENS)
         settings: dict[str, Any] = {
-            "dtype": ("float32" if self.on_cpu else "bfloat16") if dtype == "auto" else dtype,
             "max_model_len": self.window + 1,
             "max_num_batched_tokens": max_batch_tokens,
             "max_num_seqs": min(256, max_batch_tokens),
             "enable_prefix_caching": False,
             "skip_tokenizer_init": True,
-            "generation_config": "vllm",
-            "trust_remote_code": trust_remote_code,
-            "use_tqdm_on_load": False,
         }
-        if self.on_cpu:
-            os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-            settings |= {"enforce_eager": True, "kv_cache_memory_bytes": CPU_CACHE_BYTES}
-            torch.set_num_threads(threads)
-        else:
+        if not self.on_cpu:
             settings |= {"gpu_memory_utilization": GPU_MEMORY_SHARE}
-        set_num_threads = torch.set_num_threads
-        try:
-            self.llm = _engine(path, settings | engine)
-        finally:
-            torch.set_num_threads = set_num_threads  # a CPU engine replaces it with one that does nothing
+        self.llm = open_engine(path, dtype, threads, trust_remote_code, settings | engine)
         self.by_ids = self._scores_by_ids()
         self.path = "vllm prompt_logprob_token_ids" if self.by_ids else "vllm prompt_logprobs"
 
@@ -129,14 +111,9 @@ class VllmScorer:
 
     def close(self) -> None:
         """Free the engine; another can be loaded in this process then. Closing twice is harmless."""
-        if self.llm is None:
-            return
-        self.llm.llm_engine.engine_core.shutdown()
-        self.llm = None
-        if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0":
-            from vllm.distributed import cleanup_dist_env_and_memory
-
-            cleanup_dist_env_and_memory()
+        if self.llm is not None:
+            close_engine(self.llm)
+            self.llm = None
 
     def _prompt(self, document: np.ndarray, span: Span) -> "_Prompt":
         ids = document[span.begin : span.end].tolist()
@@ -213,12 +190,48 @@ def _read(prompt: _Prompt, output: Any) -> _Answer | None:
     return _Answer(nll, np.array(flat.ranks[prompt.score_from - 1 :]) == 1)
 
 
-def _engine(model: str, settings: dict[str, Any]) -> Any:
+def prepare() -> bool:
+    """Make vLLM ready to be imported; whether it will run on a CPU. Raises ModelError where it is not installed."""
+    if importlib.util.find_spec("vllm") is None:
+        raise ModelError("vLLM is not installed: pip install 'lacy[vllm]'")
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    from vllm.platforms import current_platform
+
+    return current_platform.is_cpu()
+
+
+def open_engine(model: str, dtype: str, threads: int, trust_remote_code: bool, settings: dict[str, Any]) -> Any:
+    """A `vllm.LLM` for a model folder or name, with the settings that all of ours share. Raises ModelError."""
+    on_cpu = prepare()
+    import torch
+
+    shared: dict[str, Any] = {
+        "dtype": ("float32" if on_cpu else "bfloat16") if dtype == "auto" else dtype,
+        "generation_config": "vllm",
+        "trust_remote_code": trust_remote_code,
+        "use_tqdm_on_load": False,
+    }
+    if on_cpu:
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        shared |= {"enforce_eager": True, "kv_cache_memory_bytes": CPU_CACHE_BYTES}
+        torch.set_num_threads(threads)
+    set_num_threads = torch.set_num_threads
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             from vllm import LLM
 
-            return LLM(model, **settings)
+            return LLM(model, **shared | settings)
         except (ImportError, OSError, RuntimeError, ValueError) as error:
             raise ModelError(f"vLLM cannot load {model!r}: {' '.join(str(error).split())[:300]}") from error
+        finally:
+            torch.set_num_threads = set_num_threads  # a CPU engine replaces it with one that does nothing
+
+
+def close_engine(llm: Any) -> None:
+    llm.llm_engine.engine_core.shutdown()
+    if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0":
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        cleanup_dist_env_and_memory()

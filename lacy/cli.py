@@ -81,7 +81,7 @@ def label(
     judge_server: Annotated[
         list[str] | None, typer.Option(metavar="URL[,URL...]", help="Servers of the judge; default: vLLM here.")
     ] = None,
-    concurrency: Annotated[int, typer.Option(min=1, help="Requests in flight on one server.")] = 64,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests in flight on one server.")] = 16,
     engines: Annotated[
         int | None, typer.Option(min=1, help="Processes with a model, on one machine; default: one for each GPU.")
     ] = None,

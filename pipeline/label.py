@@ -201,7 +201,8 @@ def _scorer(options: LabelOptions, role: str, model: str, target: tokenize.Targe
     arguments: dict[str, Any] = {"scorer": backend, "model": model, "bos": own.bos_id, "trust_remote_code": trust}
     arguments |= {"window": options.window, "overlap": options.overlap}
     if backend == "server":
-        arguments |= {"servers": options.server, "concurrency": _share(options)}
+        window = options.window or reference_scores.spare_window(model, trust_remote_code=trust)
+        arguments |= {"window": window, "servers": options.server, "concurrency": _share(options)}
     else:
         arguments |= {"dtype": options.dtype, "max_batch_tokens": options.batch_tokens, "threads": options.threads}
     if backend == "transformers":
@@ -342,6 +343,9 @@ def finish(dataset: Path, manifest: Manifest, max_bad: float) -> Manifest:
         where = f": {bad:,} bad records, see {dataset / 'deadletter'}" if bad else ": the corpus is empty"
         shutil.rmtree(dataset / spool.FOLDER, ignore_errors=True)
         raise CorpusError(f"no document to label{where}")
+    judged: Counter[str] = Counter()
+    for record in records:
+        judged.update(record.judged)
     complete = manifest.model_copy(
         update={
             "state": "complete",
@@ -350,7 +354,7 @@ def finish(dataset: Path, manifest: Manifest, max_bad: float) -> Manifest:
             "factual": sum(record.factual for record in records),
             "bad": sum(record.bad for record in records),
             "skipped": sum(record.skipped for record in records),
-            "judged": dict(sum((Counter(record.judged) for record in records), Counter())),
+            "judged": dict(judged),
             "parts": records,
         }
     )

@@ -25,7 +25,7 @@ class LabelOptions(BaseModel):
     server: list[str] = []  # base URLs of model servers; of the scorer "server"
     judge: str | None = None  # a chat model that marks what a small model cannot infer
     judge_server: list[str] = []  # none: the judge runs in vLLM here
-    concurrency: int = Field(default=64, ge=1)  # requests in flight on one server, of all workers together
+    concurrency: int = Field(default=16, ge=1)  # requests in flight on one server, of all workers together
     engines: int | None = Field(default=None, ge=1)  # of each model on one machine; None: one for each GPU
     engine_arg: dict[str, dict[str, Any]] = {}  # by role: arguments of the vLLM engine
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

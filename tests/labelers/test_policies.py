@@ -94,6 +94,11 @@ def test_ranking_with_both_scorers(policy: str, expected: list[int]) -> None:
     assert ranked(policy, part(factual=FACTUAL, ref_nll=LOSS, student_nll=STUDENT)) == expected
 
 
+def test_the_judge_ranks_what_it_marks() -> None:
+    marks = [1.0, 0.0, 0.4, 1.0, NAN, 0.2]
+    assert ranked("judge", part(judge=marks)) == [3, 2, 5]
+
+
 def test_factual_needs_no_score_and_no_budget() -> None:
     tokens = part(factual=FACTUAL)
     assert sorted(ranked("factual", tokens)) == [1, 3, 4]
@@ -159,12 +164,14 @@ def test_other_errors_are_clear() -> None:
 
 def test_require_checks_a_run_before_it_starts() -> None:
     for policy in POLICIES:
-        require(policy, reference=True, student=True)
+        require(policy, reference=True, student=True, judge=True)
     require("lacy", "ignore", reference=False, student=True)
     with pytest.raises(ValueError, match=r"student_nll.*--student"):
         require("gain", reference=True, student=False)
     with pytest.raises(ValueError, match=r"ref_nll.*--reference"):
         require("lacy", reference=False, student=False)
+    with pytest.raises(ValueError, match=r"judge.*--judge"):
+        require("judge", reference=True, student=True)
     with pytest.raises(ValueError, match="unknown action"):
         require("lacy", "drop", reference=True, student=False)
 
@@ -227,7 +234,9 @@ def corpora(draw: st.DrawFn) -> list[Part]:
     parts = []
     for number in range(draw(st.integers(1, 4))):
         size = draw(st.integers(1, 30))
-        columns = {name: draw(st.lists(SCORES, min_size=size, max_size=size)) for name in ("ref_nll", "student_nll")}
+        columns = {
+            name: draw(st.lists(SCORES, min_size=size, max_size=size)) for name in ("ref_nll", "student_nll", "judge")
+        }
         factual = draw(st.lists(st.booleans(), min_size=size, max_size=size))
         parts.append(part(f"doc {number}", **columns, factual=factual))
     return parts

@@ -74,6 +74,7 @@ def document(doc_id: str, text: str, seed: int = 0, spans: list[tuple[int, int]]
         "ref_nll": losses(),
         "ref_correct": [draw.random() < 0.5 for _ in spans],
         "student_nll": losses(),
+        "judge": [draw.choice((None, 0.0, 0.5, 1.0)) for _ in spans],
     }
     return Document(doc_id, text, spans, signals)
 

@@ -13,7 +13,7 @@ from tests.stats.conftest import document, write
 
 TOKENS = (
     *("doc_id", "part", "position", "token", "token_id", "token_start", "token_end", "word", "word_start"),
-    *("factual", "pos", "ent_type", "ref_nll", "student_nll", "ref_correct"),
+    *("factual", "pos", "ent_type", "ref_nll", "student_nll", "judge", "ref_correct"),
 )
 
 
@@ -23,7 +23,7 @@ def expected_token(doc, place):
     return (
         *(doc.doc_id, doc.part, place, doc.text[start:end], signal["token_ids"], start, end, *doc.word(place)),
         *(signal["factual"], POS[signal["pos"]] or None, ENT_TYPES[signal["ent_type"]] or None),
-        *(signal["ref_nll"], signal["student_nll"], signal["ref_correct"]),
+        *(signal["ref_nll"], signal["student_nll"], signal["judge"], signal["ref_correct"]),
     )
 
 
