@@ -1,6 +1,8 @@
 """The scorer and the chat on a real vLLM server, against the transformers scorer in float32."""
 
 import json
+import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,11 @@ from labelers import chat, models, reference
 from labelers.models import ModelError
 from labelers.reference import Scores
 from labelers.server_scorer import ServerScorer
+from tests.conftest import LACY, run_lacy
+from tests.e2e.test_label import digests
 from tests.labelers.faulty_proxy import Fault, FaultyProxy
 from tests.labelers.serving import vllm_server
+from tests.pipeline import corpora
 
 CONTEXT, WINDOW, OVERLAP = 160, 128, 32
 LENGTHS = (1, 2, 17, 60, 300)
@@ -30,7 +35,8 @@ def model() -> Path:
 
 @pytest.fixture(scope="session")
 def server(model: Path) -> Iterator[str]:
-    with vllm_server(model, context=CONTEXT, served_name="served") as url:
+    alone = ("--max-num-seqs", "1")  # else what runs beside a prompt can change the last bits of its scores
+    with vllm_server(model, context=CONTEXT, served_name="served", extra=alone) as url:
         yield url
 
 
@@ -108,3 +114,42 @@ def test_answers_follow_a_schema(server: str) -> None:
     assert json.loads(str(good.text))["kind"] in ("fact", "opinion")
     assert long.text is None
     assert "HTTP 400" in str(long.error)
+
+
+def test_a_run_survives_its_servers_and_writes_the_same_bytes(server: str, model: Path, tmp_path: Path) -> None:
+    """Two ways to the real server: one breaks down in mid-run for a while, the other answers with every fault."""
+    corpus = corpora.write(tmp_path / "c.jsonl", corpora.documents(12, seed=7, sentences=3))
+    command = ["label", corpus, "--reference", model, "--window", WINDOW, "--part-bytes", 1024, "--workers", 1]
+    done = run_lacy(*command, "--out", tmp_path / "calm", "--server", server)
+    assert done.returncode == 0, done.stderr
+    trouble = map(Fault, ("status", "reset", "truncate", "other_ids", "drop", "close", "garbage"))
+    faults = [fault for kind in trouble for fault in (kind, None)]
+    stops = [None] * 3 + [Fault("stop", seconds=3.0)]
+    with FaultyProxy(server, [None, *faults]) as odd, FaultyProxy(server, stops) as dying:
+        done = run_lacy(*command, "--out", tmp_path / "rough", "--server", f"{odd.url},{dying.url}/v1/")
+        assert len(odd.requests) > 6
+        assert len(dying.requests) > len(stops)
+    assert done.returncode == 0, done.stderr
+    assert digests(tmp_path / "rough") == digests(tmp_path / "calm")
+    manifest = json.loads((tmp_path / "rough" / "manifest.json").read_text())
+    assert manifest["bad"] == 0
+    assert {part["scored"]["reference"] for part in manifest["parts"]} == {"server prompt_logprobs"}
+
+
+@pytest.mark.slow
+def test_one_of_two_real_servers_is_killed(model: Path, small_model: Path, tmp_path: Path) -> None:
+    corpus = corpora.write(tmp_path / "c.jsonl", corpora.documents(200, seed=7))
+    command = ["label", corpus, "--reference", small_model, "--window", 200, "--part-bytes", 2048, "--workers", 1]
+    alone = ("--max-num-seqs", "1")
+    with vllm_server(small_model, context=256, extra=alone) as one:
+        with vllm_server(small_model, context=256, extra=alone) as two:
+            done = run_lacy(*command, "--out", tmp_path / "calm", "--server", f"{one},{two}")
+            assert done.returncode == 0, done.stderr
+            run = [str(word) for word in [LACY, *command, "--out", tmp_path / "rough", "--server", f"{two},{one}"]]
+            process = subprocess.Popen(run, stderr=subprocess.PIPE, text=True)
+            while len(list((tmp_path / "rough" / ".parts").glob("*.json"))) < 5:
+                assert process.poll() is None
+                time.sleep(0.02)
+        _, stderr = process.communicate(timeout=300)  # the second server has ended with its block
+    assert process.returncode == 0, stderr
+    assert digests(tmp_path / "rough") == digests(tmp_path / "calm")
