@@ -10,7 +10,7 @@ help:
 	@echo "make demo    label a piece of Wikipedia and look at it"
 	@echo "make test    the tests (SLOW=1: the slow ones too)"
 	@echo "make check   lint, format, types"
-	@echo "make bench   every benchmark"
+	@echo "make bench   every benchmark but mfu.py, which wants a GPU"
 	@echo "make lock    renew requirements/*.lock"
 	@echo "make clean   remove .venv and demo/"
 
@@ -27,6 +27,7 @@ check: .venv/test.done
 
 bench: .venv/test.done
 	.venv/bin/python benchmarks/label.py
+	.venv/bin/python benchmarks/score.py
 
 lock:
 	$(PYTHON) requirements/lock.py

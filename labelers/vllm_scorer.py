@@ -39,7 +39,7 @@ CPU_BATCH_TOKENS = 2048
 GPU_BATCH_TOKENS = 4096  # the first model runner holds 6 bytes per token and vocabulary entry that it does not plan for
 CPU_CACHE_BYTES = 2 << 30
 SLICE_TOKENS = 1 << 18  # in one call of the engine, which keeps all answers of a call until the last is there
-CPU_SLICE_TOKENS = 1 << 13  # so that progress is seen
+CPU_SLICE_TOKENS = 1 << 15  # so that progress is seen
 QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}  # where the environment does not say otherwise
 
 

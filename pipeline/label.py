@@ -44,6 +44,7 @@ from schemas.manifest import (
 )
 
 TOKENIZER = "tokenizer"
+REACH_SECONDS = 5.0  # in which one of the servers must answer when a run starts
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,9 @@ def measure(
     from pipeline.annotate import AnnotatePlan, build
 
     grammar.load_pipeline(options.spacy)  # fails here, in one line, when there is none
+    for spec in specs.values():
+        if spec.backend == "server":
+            _reach(spec.arguments["servers"])
     work = AnnotatePlan(
         dataset=dataset,
         ranges=ranges,
@@ -157,6 +161,17 @@ def measure(
         on_progress=on_progress,
         debug=debug,
     )
+
+
+def _reach(urls: list[str]) -> None:
+    """Workers are patient with servers; a mistyped URL is told at once."""
+    from labelers.servers import ServerPool
+
+    pool = ServerPool(urls, patience=REACH_SECONDS)
+    try:
+        pool.models()
+    finally:
+        pool.close()
 
 
 def _take(planned: list[Range | Stream], limit: int, dataset: Path, part_bytes: int) -> Iterator[Range]:
@@ -185,6 +200,8 @@ def models_of(options: LabelOptions) -> tuple[tokenize.TargetTokenizer, dict[str
     if options.judge:
         specs["judge"] = _judge(options)
     here = [spec for spec in specs.values() if spec.backend == "vllm"]
+    if options.engine_arg and not here:
+        raise models.ModelError("--engine-arg is for vLLM, and no model of this run is in vLLM: add --scorer vllm")
     if len(here) > 1:  # models that share GPUs share their memory
         for spec in here:
             share = reference_scores.GPU_MEMORY_SHARE / len(here)

@@ -17,6 +17,7 @@ from tests.pipeline import corpora
 
 ROOT = Path(__file__).parent.parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+NEEDS_ENGINE = r"--scorer vllm|--server|--judge"  # tests/e2e/test_engines.py and others run these for a minute each
 ELSEWHERE = ("pip install", "make ", "gs://", "pre-commit")  # an installation, a cluster; make is what runs this
 
 
@@ -73,8 +74,12 @@ def test_the_commands_of_a_page(workplace, page):
     needs_tokenizer = any("my-tokenizer" in command for command in found)
     if needs_tokenizer:  # the page trains it after it is first named
         found.sort(key=lambda command: not command.startswith("lacy tokenizer"))
-    found = [command for command in found if "benchmarks/label.py" not in command]  # minutes: make bench
+    found = [command for command in found if not re.search(r"benchmarks/(label|score|mfu)\.py", command)]  # make bench
     for command in found:
+        if re.search(NEEDS_ENGINE, command):
+            done = run(workplace, as_here(command) + " --estimate --limit 1")
+            assert "leave out --limit" in done.stderr, f"{command}\n{done.stderr}"  # read to the end, and understood
+            continue
         done = run(workplace, as_here(command))
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         assert "Traceback" not in done.stderr

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 from labelers import chat, models, reference
+from labelers.judge import passages
 from labelers.models import ModelError
 from labelers.reference import Scores
 from labelers.server_scorer import ServerScorer
 from tests.conftest import LACY, run_lacy
-from tests.e2e.test_label import digests
+from tests.e2e.test_label import digests, rows
 from tests.labelers.faulty_proxy import Fault, FaultyProxy
 from tests.labelers.serving import vllm_server
 from tests.pipeline import corpora
@@ -136,12 +137,31 @@ def test_a_run_survives_its_servers_and_writes_the_same_bytes(server: str, model
     assert {part["scored"]["reference"] for part in manifest["parts"]} == {"server prompt_logprobs"}
 
 
+def test_a_judge_on_a_server_that_cannot_take_its_prompt_is_counted(server: str, model: Path, tmp_path: Path) -> None:
+    texts = corpora.documents(3, seed=8)
+    corpus = corpora.write(tmp_path / "c.jsonl", texts)
+    judge = ("--judge", "served", "--judge-server", server, "--policy", "judge")
+    done = run_lacy("label", corpus, "--out", tmp_path / "d", "--reference", "none", "--tokenizer", model, *judge)
+    assert done.returncode == 0, done.stderr
+    windows = sum(len(passages(row["text"])) for row in texts)
+    manifest = json.loads((tmp_path / "d" / "manifest.json").read_text())
+    assert manifest["judged"] == {"windows_judged": 0, "windows_unjudged": windows, "spans": 0, "spans_dropped": 0}
+    assert f"0 windows judged, {windows} not" in done.stderr
+    assert {score for row in rows(tmp_path / "d") for score in row["judge"]} == {None}
+
+
 @pytest.mark.slow
 def test_one_of_two_real_servers_is_killed(model: Path, small_model: Path, tmp_path: Path) -> None:
     corpus = corpora.write(tmp_path / "c.jsonl", corpora.documents(200, seed=7))
     command = ["label", corpus, "--reference", small_model, "--window", 200, "--part-bytes", 2048, "--workers", 1]
     alone = ("--max-num-seqs", "1")
     with vllm_server(small_model, context=256, extra=alone) as one:
+        long = [np.random.default_rng(0).integers(0, 900, size).astype(np.int32) for size in (6000, 1, 255, 256)]
+        ours = ServerScorer(str(small_model), servers=[one]).score(long)
+        exact = reference.load("transformers", str(small_model), device="cpu", window=255).score(long)
+        for mine, theirs in zip(ours, exact, strict=True):
+            assert mine.error is None
+            np.testing.assert_allclose(mine.nll, theirs.nll, atol=1e-3)
         with vllm_server(small_model, context=256, extra=alone) as two:
             done = run_lacy(*command, "--out", tmp_path / "calm", "--server", f"{one},{two}")
             assert done.returncode == 0, done.stderr

@@ -3,6 +3,8 @@
 import gzip
 import importlib.util
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -86,7 +88,7 @@ def test_agrees_with_transformers_over_several_windows(
     engine: VllmScorer, folder: Path, bos: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine, "bos", bos)
-    texts = documents(200, WINDOW, WINDOW + 1, WINDOW - 1, CONTEXT + 1, 2, 1, 0, 40, 77)
+    texts = documents(200, WINDOW, WINDOW + 1, WINDOW - 1, CONTEXT + 1, 2, 1, 0, 40, 77, 6000)
     exact = reference.load("transformers", str(folder), window=WINDOW, overlap=OVERLAP, bos=bos, device="cpu")
     ours = engine.score(texts)
     difference, same = agreement(ours, exact.score(texts))
@@ -196,6 +198,34 @@ def test_requests_by_ids_name_the_scored_tokens(engine: VllmScorer, monkeypatch:
             assert scores.error is None
             assert scores.correct is None
             np.testing.assert_array_equal(scores.nll[1:], document[1:])
+
+
+MEMORY = """
+import resource, sys
+import numpy as np
+from labelers import reference
+
+scorer = reference.load("vllm", sys.argv[1], dtype="float32", kv_cache_memory_bytes=1 << 28)
+generator = np.random.default_rng(0)
+size = scorer.window - 1
+for slices in (4, 16):
+    for _ in range(slices):
+        documents = generator.integers(0, scorer.vocabulary, (scorer.slice_tokens // size, size)).astype(np.int32)
+        assert not any(scores.error for scores in scorer.score(list(documents)))
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, flush=True)
+"""
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_host_memory_is_flat(folder: Path) -> None:
+    """The peak after 20 slices, against that after 4."""
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(folder)], capture_output=True, text=True, timeout=500, check=True
+    )
+    after_4, after_20 = map(int, done.stdout.split()[-2:])
+    print(f"peak {after_4 / 1024:,.0f} MiB after 4 slices, {after_20 / 1024:,.0f} MiB after 20")
+    assert after_20 <= 1.15 * after_4
 
 
 @needs_vllm
