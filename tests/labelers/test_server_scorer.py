@@ -156,7 +156,7 @@ def test_one_of_two_real_servers_is_killed(model: Path, small_model: Path, tmp_p
     command = ["label", corpus, "--reference", small_model, "--window", 200, "--part-bytes", 2048, "--workers", 1]
     alone = ("--max-num-seqs", "1")
     with vllm_server(small_model, context=256, extra=alone) as one:
-        long = [np.random.default_rng(0).integers(0, 900, size).astype(np.int32) for size in (6000, 1, 255, 256)]
+        long = [np.random.default_rng(0).integers(0, 800, size).astype(np.int32) for size in (6000, 1, 255, 256)]
         ours = ServerScorer(str(small_model), servers=[one]).score(long)
         exact = reference.load("transformers", str(small_model), device="cpu", window=255).score(long)
         for mine, theirs in zip(ours, exact, strict=True):
