@@ -124,7 +124,7 @@ def label(
     """
     with known_errors():
         quiet(threads)
-        from lacy.commands import run_label
+        from lacy.commands import run_estimate, run_label
         from pipeline.options import LabelOptions
 
         options = LabelOptions(
@@ -156,10 +156,9 @@ def label(
             workers=workers or os.cpu_count() or 1,
             threads=threads,
             trust_remote_code=trust_remote_code,
+            estimate=estimate,
         )
         if estimate:
-            from lacy.commands import run_estimate
-
             run_estimate(options, policy, budget, _debug)
         else:
             run_label(options, policy, budget, action, seed, _beam_options, _debug)

@@ -22,7 +22,7 @@ from pipeline.decide import decide
 from pipeline.heartbeat import Counts, PartCost
 from pipeline.label import Outlook, begin, finish, measure, models_of
 from pipeline.options import LabelOptions, ModelSpec
-from pipeline.sources import CorpusError, Range, Stream, default_part_bytes, find_files, part_name, plan
+from pipeline.sources import Range, Stream, default_part_bytes, find_files, part_name, plan
 from schemas.manifest import CorpusFile
 from schemas.parts import to_parquet
 
@@ -77,8 +77,6 @@ def estimate(
 
     Raises what `pipeline.label.annotate` raises.
     """
-    if options.limit:
-        raise CorpusError("--estimate is for the whole corpus: leave out --limit")
     files = find_files(options.corpus)
     tokenizer, specs = models_of(options)
     part_bytes = options.part_bytes or default_part_bytes(files)

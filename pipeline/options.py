@@ -44,6 +44,7 @@ class LabelOptions(BaseModel):
     workers: int = Field(default=1, ge=1)
     threads: int = Field(default=1, ge=1)  # of one worker; the last bits of a score can depend on it
     trust_remote_code: bool = False
+    estimate: bool = False  # label a sample instead
 
     @field_validator("server", "judge_server", mode="before")
     @classmethod
@@ -81,6 +82,8 @@ class LabelOptions(BaseModel):
             raise ValueError("--scorer server needs --server URL")
         if self.server and self.scorer not in ("server", "auto"):
             raise ValueError(f"--server is for --scorer server, not {self.scorer}")
+        if self.estimate and self.limit:
+            raise ValueError("--estimate is for the whole corpus: leave out --limit")
         if self.judge_server and self.judge is None:
             raise ValueError("--judge-server needs --judge MODEL, the name that the server gives its model")
         return self
@@ -88,7 +91,7 @@ class LabelOptions(BaseModel):
     def signals(self) -> dict[str, Any]:
         """Every option that can change a byte of the signals."""
         apart = {"corpus", "out", "workers", "max_bad", "trust_remote_code"}
-        apart |= {"server", "judge_server", "concurrency", "engines"}
+        apart |= {"server", "judge_server", "concurrency", "engines", "estimate"}
         return self.model_dump(exclude=apart)
 
 

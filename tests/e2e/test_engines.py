@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:
-    return corpora.write(tmp_path_factory.mktemp("corpus") / "a.jsonl", corpora.documents(120, seed=1))
+    return corpora.write(tmp_path_factory.mktemp("corpus") / "a.jsonl", corpora.documents(80, seed=1))
 
 
 def arguments(corpus: Path, out: Path, model: Path, *more: object) -> list[str]:
@@ -62,7 +62,7 @@ def test_a_killed_engine_changes_no_byte(corpus, small_model, tmp_path):
     assert not engines_of(process.pid)
     manifest = json.loads((tmp_path / "killed" / "manifest.json").read_text())
     assert {part["scored"]["reference"] for part in manifest["parts"]} == {"vllm prompt_logprobs"}
-    assert manifest["bad"] == 0 and manifest["documents"] == 120
+    assert manifest["bad"] == 0 and manifest["documents"] == 80
     assert manifest["options"]["engine_arg"]["reference"] == {"kv_cache_memory_bytes": 268435456}
 
 
@@ -111,15 +111,17 @@ def test_a_judge_gives_each_window_a_verdict_or_counts_it(small_model, chat_mode
 
 
 def test_the_estimate_of_a_corpus_that_is_all_sample_is_its_count(corpus, small_model, tmp_path):
-    done = run_lacy(*arguments(corpus, tmp_path / "d", small_model, "--estimate"))
+    grammar = ["label", corpus, "--reference", "none", "--tokenizer", small_model, "--policy", "factual"]
+    grammar += ["--workers", 2, "--out", tmp_path / "d"]
+    done = run_lacy(*grammar, "--estimate")
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "d").exists()
     cells = {line.split("  ")[0]: line.split() for line in done.stdout.splitlines() if line.strip()}
-    truth = run_lacy(*arguments(corpus, tmp_path / "d", small_model))
+    truth = run_lacy(*grammar)
     assert truth.returncode == 0, truth.stderr
     manifest = json.loads((tmp_path / "d" / "manifest.json").read_text())
     assert cells["documents"][1] == f"{manifest['documents']:,}"
     assert cells["tokens"][1] == f"{manifest['tokens']:,}"
     assert any(line.startswith("grammar, on one core") for line in done.stdout.splitlines())
-    done = run_lacy(*arguments(corpus, tmp_path / "d", small_model, "--estimate", "--limit", 5))
-    assert done.returncode == 1 and "leave out --limit" in done.stderr
+    done = run_lacy(*grammar, "--estimate", "--limit", 5)
+    assert done.returncode == 2 and "leave out --limit" in done.stderr

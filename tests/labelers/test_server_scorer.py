@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 from labelers import chat, models, reference
 from labelers.judge import passages
@@ -44,8 +45,6 @@ def server(model: Path) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def texts(model: Path) -> list[np.ndarray]:
     """The README, cut up."""
-    from tokenizers import Tokenizer
-
     readme = Path(__file__).parents[2] / "README.md"
     ids = Tokenizer.from_file(str(model / "tokenizer.json")).encode(readme.read_text()).ids
     starts = np.cumsum([0, *LENGTHS])
@@ -135,6 +134,25 @@ def test_a_run_survives_its_servers_and_writes_the_same_bytes(server: str, model
     manifest = json.loads((tmp_path / "rough" / "manifest.json").read_text())
     assert manifest["bad"] == 0
     assert {part["scored"]["reference"] for part in manifest["parts"]} == {"server prompt_logprobs"}
+
+
+def test_a_document_that_no_server_takes_is_a_dead_letter(server: str, model: Path, tmp_path: Path) -> None:
+    texts = corpora.documents(6, seed=9, sentences=1)
+    corpus = corpora.write(tmp_path / "c.jsonl", texts)
+    ids = Tokenizer.from_file(str(model / "tokenizer.json")).encode(texts[3]["text"]).ids[:20]
+
+    def fault(body: Any) -> Fault | None:
+        """For requests that hold the fourth document, behind a BOS or not."""
+        return Fault("status") if any(ids in (prompt[:20], prompt[1:21]) for prompt in body["prompt"]) else None
+
+    with FaultyProxy(server, fault) as proxy:
+        more = ("--reference", model, "--window", WINDOW, "--workers", 1, "--server", proxy.url)
+        done = run_lacy("label", corpus, "--out", tmp_path / "d", *more)
+    assert done.returncode == 0, done.stderr
+    (letter,) = [json.loads(line) for line in next((tmp_path / "d" / "deadletter").iterdir()).open()]
+    assert letter["doc_id"] == texts[3]["id"]
+    assert "HTTP 500" in letter["reason"]
+    assert [row["doc_id"] for row in rows(tmp_path / "d")] == [row["id"] for row in texts if row != texts[3]]
 
 
 def test_a_judge_on_a_server_that_cannot_take_its_prompt_is_counted(server: str, model: Path, tmp_path: Path) -> None:
