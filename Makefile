@@ -18,7 +18,7 @@ demo: .venv/demo.done
 	@.venv/bin/python -m lacy.demo
 
 test: .venv/test.done
-	@.venv/bin/python -m pytest -n 2 --dist loadfile $(if $(SLOW),-m "slow or not slow") $(ARGS)
+	@.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(if $(SLOW),-m "slow or not slow") $(ARGS)
 
 check: .venv/test.done
 	.venv/bin/ruff format --check .

@@ -154,7 +154,8 @@ def _last_error(text: str) -> str | None:
     ]
     if not found:
         return None
-    return re.sub(r"^(?:[a-z_]\w*\.)+(?=[A-Z])", "", _without_step(found[-1]))
+    line = re.sub(r"^(?:[a-z_]\w*\.)+(?=[A-Z])", "", _without_step(found[-1]))
+    return re.sub(r"^(ModelError|PipelineError|TokenizerError): ", "", line)  # whose messages stand by themselves
 
 
 def _without_step(line: str) -> str:
