@@ -145,6 +145,19 @@ def fingerprint(model: str) -> dict[str, str]:
     return {"name": model, "commit": commit}
 
 
+def text_config(model: str, *, trust_remote_code: bool = False) -> Any:
+    """The `transformers` configuration of a model's text part, without its weights; `model` as for `resolve`.
+
+    Raises `ModelError` where there is none.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(resolve(model), trust_remote_code=trust_remote_code).get_text_config()
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot load the model {model!r}: {_line(error)}") from error
+
+
 def _home() -> Path:
     return Path(os.environ.get("LACY_HOME") or Path.home() / ".cache" / "lacy")
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from labelers.models import ModelError, resolve
+from labelers.models import ModelError, text_config
 from labelers.windows import windows
 
 GPU_MEMORY_SHARE = 0.85  # of vLLM's engines; the rest is for the logits, which vLLM leaves out when it sizes its cache
@@ -171,23 +171,16 @@ def check_window(
     model: str, window: int, overlap: int | None, bos: int | None, *, trust_remote_code: bool = False
 ) -> None:
     """Raise ModelError, before any model is loaded, where the model's context is too short for the window."""
-    from transformers import AutoConfig
-
+    config = text_config(model, trust_remote_code=trust_remote_code)
     try:
-        config = AutoConfig.from_pretrained(resolve(model), trust_remote_code=trust_remote_code).get_text_config()
         settle_window(getattr(config, "max_position_embeddings", None), window, overlap, bos)
-    except (OSError, ValueError) as error:
-        raise ModelError(" ".join(str(error).split())[:300]) from None
+    except ValueError as error:
+        raise ModelError(str(error)) from None
 
 
 def spare_window(model: str, *, trust_remote_code: bool = False) -> int:
     """The default window of a scorer that must generate a token: the context less one, at most 2048 tokens."""
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(resolve(model), trust_remote_code=trust_remote_code).get_text_config()
-    except (OSError, ValueError) as error:
-        raise ModelError(" ".join(str(error).split())[:300]) from None
+    config = text_config(model, trust_remote_code=trust_remote_code)
     context = getattr(config, "max_position_embeddings", None) or MAX_DEFAULT_WINDOW + 1
     return min(context - 1, MAX_DEFAULT_WINDOW)
 

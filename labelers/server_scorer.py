@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from labelers.models import ModelError, resolve
+from labelers.models import ModelError, text_config
 from labelers.reference import MAX_DEFAULT_WINDOW, Scores, Span, fault_of, finish, plan_spans, settle_window
 from labelers.servers import BadAnswerError, Body, Refused, ServerPool, pick_model
 from labelers.windows import slices
@@ -219,12 +219,7 @@ def _halves(group: list[Span], faults: list[str | None]) -> list[list[Span]]:
 
 def _config(model: str, trust_remote_code: bool) -> tuple[int | None, int]:
     """Context (None: unbounded) and vocabulary of a model, both in tokens."""
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(resolve(model), trust_remote_code=trust_remote_code).get_text_config()
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot read the model {model!r}: {' '.join(str(error).split())[:300]}") from error
+    config = text_config(model, trust_remote_code=trust_remote_code)
     return getattr(config, "max_position_embeddings", None), config.vocab_size
 
 

@@ -10,7 +10,7 @@ As with the scorer, a process can hold only one engine on a CPU at a time.
 from typing import Any
 
 from labelers.chat import Reply
-from labelers.models import ModelError, resolve
+from labelers.models import resolve, text_config
 from labelers.vllm_scorer import CPU_BATCH_TOKENS, close_engine, open_engine, prepare
 
 MAX_DEFAULT_CONTEXT = 4096  # tokens; the cache must hold one conversation of this length
@@ -40,13 +40,7 @@ class VllmChat:
         **engine: Any,
     ) -> None:
         on_cpu = prepare()
-        from transformers import AutoConfig
-
-        path = resolve(model)
-        try:
-            config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code).get_text_config()
-        except (OSError, ValueError) as error:
-            raise ModelError(f"cannot load the model {model!r}: {_line(error)}") from error
+        config = text_config(model, trust_remote_code=trust_remote_code)
         longest = getattr(config, "max_position_embeddings", None)
         self.context: int = window or min(longest or MAX_DEFAULT_CONTEXT, MAX_DEFAULT_CONTEXT)
         if longest is not None and self.context > longest:
@@ -61,7 +55,7 @@ class VllmChat:
             max_batch_tokens = max_batch_tokens or CPU_BATCH_TOKENS
         if max_batch_tokens:
             settings |= {"max_num_batched_tokens": max_batch_tokens, "max_num_seqs": min(256, max_batch_tokens)}
-        self.llm = open_engine(path, dtype, threads, trust_remote_code, settings | engine)
+        self.llm = open_engine(resolve(model), dtype, threads, trust_remote_code, settings | engine)
         self.tokenizer = self.llm.get_tokenizer()
 
     def ask(

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from labelers.models import ModelError, resolve
+from labelers.models import ModelError, resolve, text_config
 from labelers.reference import (
     GPU_MEMORY_SHARE,
     MAX_DEFAULT_WINDOW,
@@ -61,13 +61,7 @@ class VllmScorer:
     ) -> None:
         self.on_cpu = prepare()
         self.slice_tokens = CPU_SLICE_TOKENS if self.on_cpu else SLICE_TOKENS
-        from transformers import AutoConfig
-
-        path = resolve(model)
-        try:
-            config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code).get_text_config()
-        except (OSError, ValueError) as error:
-            raise ModelError(f"cannot load the model {model!r}: {' '.join(str(error).split())[:300]}") from error
+        config = text_config(model, trust_remote_code=trust_remote_code)
         context = getattr(config, "max_position_embeddings", None)
         if context is not None and (window is None or window == context):
             window = min(window or MAX_DEFAULT_WINDOW, context - 1)
@@ -86,7 +80,7 @@ class VllmScorer:
         }
         if not self.on_cpu:
             settings |= {"gpu_memory_utilization": GPU_MEMORY_SHARE}
-        self.llm = open_engine(path, dtype, threads, trust_remote_code, settings | engine)
+        self.llm = open_engine(resolve(model), dtype, threads, trust_remote_code, settings | engine)
         self.by_ids = self._scores_by_ids()
         self.path = "vllm prompt_logprob_token_ids" if self.by_ids else "vllm prompt_logprobs"
 

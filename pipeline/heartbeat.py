@@ -34,7 +34,6 @@ class PartCost:
     bytes: int  # of the corpus
     documents: int
     tokens: int
-    disk: int  # bytes of the signals file
     seconds: dict[str, float]  # of work, by stage
 
 
