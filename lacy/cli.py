@@ -234,6 +234,96 @@ def tokenizer(
         run_tokenizer(corpus, out, vocab_size, limit)
 
 
+@app.command(
+    epilog="Examples:  lacy train labelled --out run --model tiny   torchrun --nproc-per-node 8 -m lacy train "
+    "labelled --out run --resume   lacy train --config run.yaml --out run"
+)
+def train(
+    dataset: Annotated[
+        str | None, typer.Argument(metavar="DATASET", help="A folder that lacy label wrote, or its URL.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The run: a new folder, or one to resume.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML with any of these options; flags go before it.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint, if there is one.")
+    ] = False,
+    labels: Annotated[str | None, typer.Option(help="The label set. Default: lacy, or the first.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PRESET|FOLDER", help="gpt2-334m, gpt2-1.3b, llama-334m, llama-1.3b, tiny. Default: gpt2-334m."
+        ),
+    ] = None,
+    objective: Annotated[
+        str | None,
+        typer.Option(help="standard, lacy, lacy-static, loss, rho, judge, random, or ignore-... Default: lacy."),
+    ] = None,
+    budget: Annotated[float | None, typer.Option(help="Share of the tokens that may be chosen. Default: 0.15.")] = None,
+    learn_softmax: Annotated[
+        str | None, typer.Option(help="At learn positions: full, without_call or detached. Default: full.")
+    ] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Updates of the weights; the first limit ends the run.")] = None,
+    gt_tokens: Annotated[
+        int | None, typer.Option(help="Tokens with the gradient of their true token, as a limit.")
+    ] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the data, as a limit. Without any: 1.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Sequences in one forward pass of one rank. Default: 8.")] = None,
+    accumulate: Annotated[int | None, typer.Option(help="Forward passes in a step. Default: 1.")] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens of a sequence. Default: the model's.")] = None,
+    mask_documents: Annotated[
+        bool | None, typer.Option("--mask-documents/--no-mask-documents", help="No attention across documents.")
+    ] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate. Default: the preset's.")] = None,
+    min_lr: Annotated[float | None, typer.Option(help="At the end, as a share of the peak. Default: 0.1.")] = None,
+    schedule: Annotated[str | None, typer.Option(help="cosine, wsd or constant. Default: cosine.")] = None,
+    warmup: Annotated[int | None, typer.Option(help="Steps. Default: 200, or a tenth of the run.")] = None,
+    decay: Annotated[float | None, typer.Option(help="The last share of a run with wsd. Default: 0.2.")] = None,
+    beta1: Annotated[float | None, typer.Option(help="Of AdamW. Default: 0.9.")] = None,
+    beta2: Annotated[float | None, typer.Option(help="Of AdamW. Default: 0.95.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Of matrices. Default: 0.1.")] = None,
+    dropout: Annotated[float | None, typer.Option(help="Of a preset. Default: 0.0.")] = None,
+    clip: Annotated[float | None, typer.Option(help="Norm that gradients are clipped to. Default: 1.0.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of weights, order and random choice. Default: 0.")] = None,
+    holdout: Annotated[float | None, typer.Option(help="Share of documents for validation. Default: 0.01.")] = None,
+    buffer_tokens: Annotated[
+        int | None, typer.Option(help="Tokens shuffled together by each loader. Default: 4000000.")
+    ] = None,
+    loader_workers: Annotated[int | None, typer.Option(help="Loader processes of each rank. Default: 1.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: auto.")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="fp32, tf32 or bf16. Default: auto, bf16 on a GPU that has it.")
+    ] = None,
+    compile: Annotated[str | None, typer.Option(help="on or off. Default: auto, on a GPU.")] = None,
+    parallel: Annotated[str | None, typer.Option(help="Of several ranks: ddp or fsdp. Default: ddp.")] = None,
+    checkpoint_activations: Annotated[
+        bool | None,
+        typer.Option("--checkpoint-activations/--no-checkpoint-activations", help="Less memory, a third more time."),
+    ] = None,
+    deterministic: Annotated[
+        bool | None, typer.Option("--deterministic/--no-deterministic", help="On a GPU; a CPU always is.")
+    ] = None,
+    save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints. Default: 1000.")] = None,
+    keep: Annotated[int | None, typer.Option(help="Last checkpoints that stay. Default: 2.")] = None,
+    keep_every: Annotated[int | None, typer.Option(help="Checkpoints at multiples of so many steps stay.")] = None,
+    eval_every: Annotated[int | None, typer.Option(help="Steps between validations. Default: 500.")] = None,
+    eval_tokens: Annotated[int | None, typer.Option(help="At most, of a validation. Default: 500000.")] = None,
+    log_every: Annotated[int | None, typer.Option(help="Steps between lines of log.jsonl. Default: 10.")] = None,
+    tensorboard: Annotated[
+        bool | None, typer.Option("--tensorboard/--no-tensorboard", help="Write OUT/tensorboard. Default: yes.")
+    ] = None,
+    wandb: Annotated[str | None, typer.Option(metavar="PROJECT", help="Log to Weights & Biases.")] = None,
+) -> None:
+    """Pretrain a small model on labels: it learns to write what it can, and to call for the rest."""
+    given = {name: value for name, value in locals().items() if value is not None and name not in ("config", "resume")}
+    with known_errors():
+        quiet(None)
+        from lacy.commands import run_train
+
+        stopped = run_train(given, config, resume)
+    if stopped:
+        raise typer.Exit(128 + stopped)
+
+
 @models_app.command("get", epilog="Example:  lacy models get smollm2-135m")
 def models_get(
     name: Annotated[str, typer.Argument(metavar="NAME", help="smollm2-135m")] = "smollm2-135m",
@@ -247,11 +337,12 @@ def models_get(
         typer.echo(str(get_model(name, out)))
 
 
-def quiet(threads: int) -> None:
-    """Set before the libraries are imported; workers inherit it."""
+def quiet(threads: int | None) -> None:
+    """Set before the libraries are imported; workers inherit it. None: as many threads as the libraries like."""
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"):
-        os.environ.setdefault(name, str(threads))
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true" if threads > 1 else "false")
+        if threads is not None:
+            os.environ.setdefault(name, str(threads))
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true" if threads and threads > 1 else "false")
     if not _debug:
         import logging
         import warnings
@@ -287,7 +378,7 @@ def _line(error: Any) -> str:
         return flag + first["msg"].removeprefix("Value error, ")
     message = str(error).strip()
     known = {"CorpusError", "DatasetError", "ModelError", "TokenizerError", "PolicyError", "RunError", "SqlError"}
-    known |= {"PipelineError", "UsageError"}
+    known |= {"PipelineError", "UsageError", "TrainingError"}
     text = message.splitlines()[0] if message else type(error).__name__
     return text if type(error).__name__ in known else f"{type(error).__name__}: {text}"
 

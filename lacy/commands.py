@@ -94,6 +94,28 @@ def run_tokenizer(corpus: list[str], out: Path, vocab_size: int, limit: int | No
     print(f"{out}: {size:,} entries, <CALL> among them, from {documents:,} documents")
 
 
+def run_train(given: dict[str, Any], file: Path | None, resume: bool) -> int | None:
+    """The signal that ended the run before its limit, if one did."""
+    from trainer.checkpoint import newest
+    from trainer.config import load
+    from trainer.train import train
+
+    config = load(given, file, resume)
+    console = _console()
+    view = _TrainProgress(console)
+    with view:
+        outcome = train(config, view.tell)
+    if view.told:
+        progress = outcome.progress
+        ended = "stopped" if outcome.stopped else "done"
+        after = "; go on with --resume" if outcome.stopped else ""
+        console.print(
+            f"{ended} at step {progress.step:,}: {progress.tokens:,} tokens, {progress.gt_tokens:,} of them learnt "
+            f"({_span(view.seconds)}); {newest(config.out) or 'no checkpoint'}{after}"
+        )
+    return outcome.stopped
+
+
 def _tell_estimate(found: Any) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("", "estimate", "90 % interval"):
@@ -233,3 +255,73 @@ class _LabelProgress:
             return 0.0
         per_token = counts.bytes / counts.tokens if counts.tokens else 4.0
         return min(1.0, (counts.bytes + counts.scored * per_token) / total_bytes)
+
+
+class _TrainProgress:
+    """A bar on a terminal, a line every few seconds elsewhere; validations and checkpoints are lines of their own."""
+
+    def __init__(self, console: Console):
+        self._console = console
+        self._bar = Progress(
+            TextColumn("train"), BarColumn(24), _Field(), TimeElapsedColumn(), console=console, transient=True
+        )
+        self._live = console.is_terminal
+        self._task: Any = None
+        self._began = self._said = time.monotonic()
+        self._done = 0.0
+        self.told = False
+
+    def __enter__(self) -> "_TrainProgress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._task is not None:
+            self._bar.stop()
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._began
+
+    def tell(self, what: str, told: dict[str, Any]) -> None:
+        self.told = True
+        getattr(self, "_" + what)(told)
+
+    def _start(self, told: dict[str, Any]) -> None:
+        begins = f"going on at step {told['step']:,}" if told["step"] else "from the beginning"
+        steps = f"{told['max_steps']:,} steps" if told["max_steps"] else f"{told['gt_limit']:,} learnt tokens"
+        self._console.print(
+            f"{told['parameters']:,} parameters, {told['objective']}, {told['device']}, {told['precision']}; "
+            f"{told['tokens_per_step']:,} tokens a step, {steps}, {begins}"
+        )
+        self._began = time.monotonic()
+        self._done = told["done"]
+        if self._live:
+            self._bar.start()
+            self._task = self._bar.add_task("train", total=1, completed=told["done"], text="")
+
+    def _step(self, told: dict[str, Any]) -> None:
+        done = told["done"] - self._done
+        left = f", {_span(self.seconds / done * (1 - told['done']))} left" if done > 0 and told["done"] < 1 else ""
+        call = "" if told["call_loss"] is None else f", call {told['call_loss']:.3f} ({told['called']:.1%})"
+        mfu = "" if told["mfu"] is None else f", MFU {told['mfu']:.1%}"
+        text = (
+            f"step {told['step']:,}, learn {told['learn_loss'] or 0:.3f}{call}, {told['tokens_per_second']:,.0f} "
+            f"tokens/s{mfu}, {_bytes(told['memory'])}{left}"
+        )
+        if self._live:
+            self._bar.update(self._task, completed=told["done"], text=text)
+        elif time.monotonic() - self._said > PLAIN_INTERVAL or told["done"] >= 1:
+            self._said = time.monotonic()
+            self._console.print(f"train: {text}")
+
+    def _valid(self, told: dict[str, Any]) -> None:
+        def figure(name: str) -> str:
+            return "none" if told[name] is None else f"{told[name]:.3f}"
+
+        self._console.print(
+            f"step {told['step']:,}, held out: nats {figure('nll_factual')} factual, {figure('nll_other')} other; "
+            f"AUC of p(<CALL>) for factual and wrong {figure('auc_factual_wrong')}"
+        )
+
+    def _save(self, told: dict[str, Any]) -> None:
+        pass

@@ -1,0 +1,1 @@
+"""Reads label shards and pretrains the small language model on them."""

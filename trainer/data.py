@@ -1,0 +1,711 @@
+"""Label shards as an endless stream of packed sequences, shuffled, sharded over ranks and workers, and resumable.
+
+    stream = loader(open_labels("gs://bucket/labelled", None), batch=8, context=1024, columns={"factual"}, ...)
+    batch = next(stream)      # ids (8, 1025) int32, factual (8, 1024) bool, aligned with the targets ids[:, 1:]
+    place = stream.state_dict()
+
+Documents follow one another, the end token before each: `eos d0 d1 .. dn eos e0 e1 ..`. A sequence is context + 1
+consecutive tokens, and the next one begins with its last token. So nothing is padded or dropped, and every token is a
+target once in an epoch.
+
+The units of shuffling are parts, or every k-th row of a part that is too large a share of the corpus. In each epoch
+they are permuted and dealt to slots; a slot is one worker of one rank. A slot reads consecutive units into a buffer
+and permutes the documents in it, while a thread fills the next buffer. Which units a buffer holds follows from the
+records of the parts alone, so a place in the stream is three numbers: epoch, buffer, and token in the buffer.
+"""
+
+import json
+import math
+import multiprocessing
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Final, TypeVar, cast
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+from torchdata.stateful_dataloader import StatefulDataLoader
+from upath import UPath
+
+from schemas.codes import LABELS as LABEL_NAMES
+from schemas.codes import LEARN
+from schemas.files import sha256
+from schemas.manifest import DatasetError, LabelRecord, LabelSet, Manifest, label_sets, labels_path, read_complete
+from schemas.parts import LABELS
+
+STATE_VERSION: Final = 1
+DEFAULT_LABELS: Final = "lacy"
+BUFFER_TOKENS: Final = 4_000_000
+UNITS: Final = 8  # for each slot, at least, so that slots get about as many tokens
+EMPTY_EPOCHS: Final = 3  # without a document to learn from, before a slot gives up
+ATTEMPTS: Final = 4  # to read a file
+BACK_OFF = 0.5  # seconds before the second attempt; doubles
+
+# What stands at an end token.
+COLUMNS: Final = {
+    "label": np.array(LEARN, np.int8),
+    "factual": np.array(False),
+    "ref_nll": np.array(np.nan, np.float32),
+    "judge": np.array(np.nan, np.float32),
+}
+_LASTING: Final = (PermissionError, NotADirectoryError, IsADirectoryError, ImportError, ValueError)
+_REMEDIES: Final = {
+    "ref_nll": "it was labelled without a reference model: lacy label with --reference, into a new folder",
+    "judge": "it was labelled without a judge: lacy label with --judge, into a new folder",
+}
+
+_GEOMETRY: Final = {
+    "seed": "seed {}",
+    "holdout": "a holdout of {:g}",
+    "batch": "{} sequences in a batch",
+    "context": "a context of {}",
+    "buffer_tokens": "buffers of {} tokens",
+    "ranks": "{} ranks",
+    "workers": "{} loader workers",
+    "rank": "rank {}",
+}
+
+Arrays = dict[str, np.ndarray]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Labels:
+    """A label set to learn from."""
+
+    root: Path  # of the dataset; a UPath, which has the same methods, in an object store
+    name: str
+    records: tuple[LabelRecord, ...] = field(repr=False)  # parts with documents, in corpus order
+    tokens: int
+    call_id: int
+    eos_id: int
+    eos_token: str
+    vocab_size: int  # the largest id of the tokenizer, and one
+    tokenizer_json: bytes = field(repr=False)
+    tokenizer_config: dict[str, Any] = field(repr=False)
+    fingerprint: str  # of the tokenizer and the bytes of all parts
+
+
+def open_labels(dataset: str, labels: str | None) -> Labels:
+    """The label set `labels` of a folder or URL; None takes DEFAULT_LABELS where there is one, else the first by name.
+
+    Raises DatasetError when there is none, when it does not cover the dataset, or when the dataset's tokenizer is not
+    the one that it was labelled with or lacks <CALL> or an end token.
+    """
+    remote = "://" in dataset
+    root = _patiently(lambda: cast(Path, UPath(dataset)) if remote else Path(dataset).absolute(), dataset)
+    manifest = _patiently(lambda: read_complete(root), dataset)
+    found = _pick(dataset, _patiently(lambda: label_sets(root), dataset), labels)
+    _covers(dataset, manifest, found)
+    records = tuple(record for record in found.parts if record.rows)
+    content, settings, eos_token = _tokenizer_files(root, manifest)
+    eos_id, vocab_size = _vocabulary(root, content, eos_token)
+    call_id = manifest.tokenizer.get("call_id")
+    if not isinstance(call_id, int) or not 0 <= call_id < vocab_size:
+        raise DatasetError(f"the tokenizer of {dataset} has no <CALL>: label the corpus again, into a new folder")
+    identity = [manifest.tokenizer["sha256"], *((record.name, record.sha256) for record in records)]
+    return Labels(
+        root=root,
+        name=found.name,
+        records=records,
+        tokens=sum(record.tokens for record in records),
+        call_id=call_id,
+        eos_id=eos_id,
+        eos_token=eos_token,
+        vocab_size=vocab_size,
+        tokenizer_json=content,
+        tokenizer_config=settings,
+        fingerprint=sha256(json.dumps(identity).encode()),
+    )
+
+
+def loader(
+    labels: Labels,
+    *,
+    batch: int,
+    context: int,
+    columns: Collection[str] = (),
+    seed: int = 0,
+    rank: int = 0,
+    ranks: int = 1,
+    workers: int = 0,
+    holdout: float = 0.0,
+    buffer_tokens: int = BUFFER_TOKENS,
+    positions: bool = False,
+) -> "Stream":
+    """The documents that are not held out, in micro-batches of `batch` sequences of `context` targets, without end.
+
+    columns        of COLUMNS, that a batch has beside the ids
+    rank, ranks    which share of the documents of an epoch this is
+    workers        processes that read; 0 reads in this one. Their number changes the order of the documents
+    holdout        share of the documents left out, by a hash of their ids; see `held_out`
+    buffer_tokens  that each worker shuffles at a time; it keeps twice as many in memory
+    positions      batches have "positions", which begin anew at each end token
+
+    Raises DatasetError when the shards lack a column, or when there are fewer documents than slots.
+    """
+    _require(labels, columns)
+    slots = ranks * max(1, workers)
+    units = int(_cuts(labels, slots).sum())
+    if units < slots:
+        raise DatasetError(
+            f"{labels.root} has too few documents for {ranks} ranks with {max(1, workers)} loader workers each: use fewer"
+        )
+    share = _Share(
+        labels, tuple(columns), batch, context, seed, rank, ranks, workers, holdout, buffer_tokens, positions
+    )
+    return Stream(share)
+
+
+def held_out(
+    labels: Labels,
+    *,
+    batch: int,
+    context: int,
+    columns: Collection[str] = (),
+    rank: int = 0,
+    ranks: int = 1,
+    holdout: float,
+    positions: bool = False,
+    max_tokens: int | None = None,
+) -> Iterator[dict[str, torch.Tensor]]:
+    """The held-out documents in corpus order, packed as `loader` packs, at most `max_tokens` targets over all ranks.
+
+    Batches have "real" (B, T) bool too, false where the last sequences are padded. Sequence i goes to rank i % ranks,
+    and every rank gets as many batches, so the last ones may hold nothing real. It reads all parts up to `max_tokens`:
+    keep the batches rather than asking again. Raises DatasetError as `loader` does, and from the iterator where there
+    is no held-out document.
+    """
+    _require(labels, columns)
+    rows = batch * ranks
+    return (
+        {name: _tensor(np.ascontiguousarray(values[rank::ranks])) for name, values in found.items()}
+        for arrays, real in _packed(labels, ("ids", *columns), rows * context, holdout, max_tokens)
+        for found in [_sequences(arrays, context, labels.eos_id, positions) | {"real": real.reshape(rows, context)}]
+    )
+
+
+class Stream:
+    """Micro-batches without end, and the place in them.
+
+    A batch is a dict of tensors, pinned where there is a GPU: "ids" (B, T + 1) int32; for the targets ids[:, 1:], each
+    column of COLUMNS that was asked for, (B, T): "label" int8, "factual" bool, "ref_nll" float32 and "judge" float32,
+    NaN where there is none; and "positions" (B, T) int64 of the inputs ids[:, :-1]. `next` raises DatasetError for
+    damaged or unreadable parts.
+    """
+
+    def __init__(self, share: "_Share"):
+        self._share = share
+        self._epochs = [0.0] * max(1, share.workers)
+        self._batches: Iterator[tuple[int, float, Arrays]] | None = None
+        context = None
+        if share.workers:
+            # fsspec's stores and torch's threads do not survive a fork. The server imports once what workers need.
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload(["torchdata.stateful_dataloader", __name__])
+        self._loader = StatefulDataLoader(
+            share,
+            batch_size=None,
+            num_workers=share.workers,
+            collate_fn=_as_it_is,
+            multiprocessing_context=context,
+            generator=torch.Generator(),  # not the global one, which this would draw from
+        )
+
+    @property
+    def epoch(self) -> float:
+        """How often the documents of this rank have been read, on average over its workers."""
+        return sum(self._epochs) / len(self._epochs)
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        return self
+
+    def __next__(self) -> dict[str, torch.Tensor]:
+        try:
+            if self._batches is None:
+                self._batches = iter(self._loader)
+            worker, epoch, arrays = next(self._batches)
+        except DatasetError as error:  # torch puts the traceback of a worker in front
+            raise DatasetError(str(error).strip().rpartition("DatasetError: ")[2]) from None
+        except RuntimeError as error:
+            if "exited unexpectedly" not in str(error):
+                raise
+            raise DatasetError(
+                "a loader worker was killed, perhaps for want of memory: use fewer workers or smaller buffers"
+            ) from None
+        self._epochs[worker] = epoch
+        return {name: _tensor(values) for name, values in arrays.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place behind the last batch taken, whatever workers have read ahead; plain JSON."""
+        return {
+            "version": STATE_VERSION,
+            "geometry": self._share.geometry(),
+            "epochs": list(self._epochs),
+            "loader": self._loader.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on behind the batch that `state` was taken at. Raises DatasetError when that was another stream."""
+        _same_stream(state, self._share.geometry())
+        self.close()
+        self._epochs = list(state["epochs"])
+        self._loader.load_state_dict(state["loader"])
+
+    def close(self) -> None:
+        """End the workers; the next batch is then the first one again."""
+        self._batches = None
+        self._epochs = [0.0] * len(self._epochs)
+        self._loader.load_state_dict({})  # lets go of the iterator, which ends its workers
+
+
+@dataclass(frozen=True)
+class _Share(IterableDataset):
+    """What one rank reads. Iterated in each worker, as a slot of its own."""
+
+    labels: Labels
+    columns: tuple[str, ...]
+    batch: int
+    context: int
+    seed: int
+    rank: int
+    ranks: int
+    workers: int
+    holdout: float
+    buffer_tokens: int
+    positions: bool
+
+    def __iter__(self) -> "_Slot":
+        info = get_worker_info()
+        return _Slot(self, info.id if info else 0)
+
+    def geometry(self) -> dict[str, Any]:
+        """All that decides which batch comes when."""
+        return {"fingerprint": self.labels.fingerprint} | {name: getattr(self, name) for name in _GEOMETRY}
+
+
+@dataclass(frozen=True)
+class _Documents:
+    """D documents one after the other, each with its end token in front.
+
+    lengths  (D,) int64, tokens with the end token
+    arrays   "ids" and columns, each (sum of lengths,)
+    """
+
+    lengths: np.ndarray
+    arrays: Arrays
+
+
+@dataclass(frozen=True)
+class _Buffer:
+    epoch: int
+    number: int
+    arrays: Arrays
+    begins: float  # the share of the slot's epoch that is before it
+    share: float
+    is_last: bool  # of its epoch
+
+    @property
+    def next(self) -> tuple[int, int]:
+        return (self.epoch + 1, 0) if self.is_last else (self.epoch, self.number + 1)
+
+
+class _Slot:
+    """The batches of one worker of one rank, as (worker, epochs read, arrays)."""
+
+    def __init__(self, share: _Share, worker: int):
+        self._share = share
+        self._worker = worker
+        self._slots = share.ranks * max(1, share.workers)
+        self._slot = share.rank * max(1, share.workers) + worker
+        self._cuts = _cuts(share.labels, self._slots)
+        self._place = {"epoch": 0, "buffer": 0, "token": 0}  # where the next sequence begins
+        self._buffer: _Buffer | None = None
+        self._thread = ThreadPoolExecutor(1, "fill")
+        self._ahead: Future[_Buffer] | None = None
+
+    def state_dict(self) -> dict[str, int]:
+        return dict(self._place)
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._place = dict(state)
+        self._buffer = self._ahead = None
+
+    def __iter__(self) -> "_Slot":
+        return self
+
+    def __next__(self) -> tuple[int, float, Arrays]:
+        share = self._share
+        if self._buffer is None:
+            self._buffer = self._fill(self._place["epoch"], self._place["buffer"])
+        buffer, first = self._buffer, self._place["token"]
+        missing = share.batch * share.context + 1
+        pieces = []
+        while True:
+            piece = {name: values[first : first + missing] for name, values in buffer.arrays.items()}
+            pieces.append(piece)
+            missing -= len(piece["ids"])
+            if self._ahead is None:
+                self._ahead = self._thread.submit(self._fill, *buffer.next)
+            if not missing:
+                break
+            buffer, first, self._ahead = self._ahead.result(), 0, None
+        token = first + len(piece["ids"]) - 1
+        self._buffer = buffer
+        self._place = {"epoch": buffer.epoch, "buffer": buffer.number, "token": token}
+        epochs = buffer.epoch + buffer.begins + buffer.share * token / len(buffer.arrays["ids"])
+        arrays = _sequences(_joined(pieces), share.context, share.labels.eos_id, share.positions)
+        return self._worker, epochs, arrays
+
+    def _fill(self, epoch: int, number: int) -> _Buffer:
+        """The first buffer from this place on that has a document."""
+        share = self._share
+        for _ in range(EMPTY_EPOCHS):
+            plan = self._plan(epoch)
+            sizes = np.array([size for _, size in plan])
+            for later in range(number, len(plan)):
+                documents = [self._read(part, cuts) for part, cuts in plan[later][0].items()]
+                lengths = np.concatenate([found.lengths for found in documents])
+                if len(lengths):
+                    rng = np.random.default_rng([share.seed, epoch, 1 + self._slot, later])
+                    return _Buffer(
+                        epoch=epoch,
+                        number=later,
+                        arrays=_permuted(lengths, [found.arrays for found in documents], rng.permutation(len(lengths))),
+                        begins=float(sizes[:later].sum() / sizes.sum()),
+                        share=float(sizes[later] / sizes.sum()),
+                        is_last=later == len(plan) - 1,
+                    )
+            epoch, number = epoch + 1, 0
+        raise DatasetError(
+            f"{share.labels.root} has no document for one of {self._slots} loaders: use fewer ranks or workers, "
+            f"or a smaller holdout than {share.holdout:g}"
+        )
+
+    def _plan(self, epoch: int) -> list[tuple[dict[int, list[int]], float]]:
+        """The buffers of an epoch: which cuts of which parts, and about how many tokens."""
+        records = self._share.labels.records
+        part = np.repeat(np.arange(len(records)), self._cuts)
+        cut = np.arange(len(part)) - np.repeat(np.cumsum(self._cuts) - self._cuts, self._cuts)
+        tokens = np.array([record.tokens + record.rows for record in records])[part] / self._cuts[part]
+        mine = np.random.default_rng([self._share.seed, epoch]).permutation(len(part))[self._slot :: self._slots]
+        ends = np.cumsum(tokens[mine])
+        plan = []
+        first, before = 0, 0.0
+        while first < len(mine):
+            last = min(int(np.searchsorted(ends, before + self._share.buffer_tokens)), len(mine) - 1)
+            units: dict[int, list[int]] = {}
+            for unit in mine[first : last + 1]:
+                units.setdefault(int(part[unit]), []).append(int(cut[unit]))
+            plan.append((units, float(ends[last] - before)))
+            first, before = last + 1, float(ends[last])
+        return plan
+
+    def _read(self, part: int, cuts: list[int]) -> _Documents:
+        share = self._share
+        record = share.labels.records[part]
+        with _opened(share.labels, record) as file:
+            rows = np.arange(file.metadata.num_rows)
+            wanted = np.isin(rows % self._cuts[part], cuts)
+            if share.holdout:
+                wanted &= ~_is_held(file, share.holdout)
+            return _documents(share.labels, file, rows[wanted], ("ids", *share.columns))
+
+
+def _cuts(labels: Labels, slots: int) -> np.ndarray:
+    """(parts,) int64: in how many units of about equal size each part is dealt, so that a slot gets UNITS or more."""
+    rows = np.array([record.rows for record in labels.records])
+    if slots == 1:
+        return np.ones_like(rows)
+    tokens = np.array([max(1, record.tokens) for record in labels.records])
+    return np.minimum(rows, np.ceil(tokens * (UNITS * slots / tokens.sum()))).astype(np.int64)
+
+
+def _sequences(arrays: Arrays, context: int, eos: int, positions: bool) -> Arrays:
+    """B * context + 1 tokens as B sequences; what stands in a batch."""
+    ids = np.lib.stride_tricks.sliding_window_view(arrays["ids"], context + 1)[::context].copy()
+    found = {name: values[1:].reshape(-1, context).copy() for name, values in arrays.items() if name != "ids"}
+    found["ids"] = ids
+    if positions:
+        place = np.arange(context)
+        begins = np.where(ids[:, :-1] == eos, place, 0)
+        found["positions"] = place - np.maximum.accumulate(begins, axis=1)
+    return found
+
+
+def _packed(
+    labels: Labels, names: tuple[str, ...], tokens: int, holdout: float, max_tokens: int | None
+) -> Iterator[tuple[Arrays, np.ndarray]]:
+    """The held-out documents in pieces of tokens + 1, the last padded with end tokens; and which targets are real."""
+    left = math.inf if max_tokens is None else max_tokens
+    waiting: list[Arrays] = []
+    count = 0
+    found = False
+    for record in labels.records:
+        with _opened(labels, record) as file:
+            rows = np.flatnonzero(_is_held(file, holdout))
+            documents = _documents(labels, file, rows, names) if len(rows) else None
+        if documents is None:
+            continue
+        found = True
+        waiting.append(documents.arrays)
+        count += len(documents.arrays["ids"])
+        if count > min(tokens, left):
+            arrays = _joined(waiting)
+            while left and len(arrays["ids"]) > min(tokens, left):
+                real = np.arange(tokens) < left
+                piece = {name: values[: int(min(tokens, left)) + 1] for name, values in arrays.items()}
+                yield _padded(piece, tokens + 1, labels.eos_id), real
+                left -= min(tokens, left)
+                arrays = {name: values[tokens:] for name, values in arrays.items()}
+            if not left:
+                return
+            waiting, count = [arrays], len(arrays["ids"])
+    if not found:
+        raise DatasetError(
+            f"none of the documents of {labels.root} is held out by a holdout of {holdout:g}: use a larger one, or 0"
+        )
+    if count > 1:
+        yield _padded(_joined(waiting), tokens + 1, labels.eos_id), np.arange(tokens) < count - 1
+
+
+def _padded(arrays: Arrays, tokens: int, eos: int) -> Arrays:
+    ends = COLUMNS | {"ids": np.array(eos, np.int32)}
+    return {
+        name: np.concatenate([values, np.full(tokens - len(values), ends[name])]) for name, values in arrays.items()
+    }
+
+
+def _joined(pieces: list[Arrays]) -> Arrays:
+    if len(pieces) == 1:
+        return pieces[0]
+    return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+
+
+def _permuted(lengths: np.ndarray, arrays: list[Arrays], order: np.ndarray) -> Arrays:
+    index = _index((np.cumsum(lengths) - lengths)[order], lengths[order])
+    return {name: values.take(index) for name, values in _joined(arrays).items()}
+
+
+def _index(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The places of runs of tokens, one after the other: int64 (sum of lengths,)."""
+    ends = np.cumsum(lengths)
+    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - lengths), lengths)
+
+
+@contextmanager
+def _opened(labels: Labels, record: LabelRecord) -> Iterator[pq.ParquetFile]:
+    """A part, read once and checked against its record."""
+    path = labels_path(labels.root, labels.name, record.name)
+    again = f"lacy check says what else is damaged, lacy decide --name {labels.name} writes the labels again"
+    try:
+        data = _patiently(path.read_bytes, str(path))
+    except FileNotFoundError:
+        raise DatasetError(f"{path} is missing: {again}") from None
+    if sha256(data) != record.sha256:
+        raise DatasetError(f"{path} is not the file that was written, its checksum differs: {again}")
+    try:
+        yield pq.ParquetFile(pa.BufferReader(data))
+    except (pa.ArrowException, OSError) as error:
+        raise DatasetError(f"{path} is no Parquet file that can be read ({_line(error)}): {again}") from None
+    except _PartError as error:
+        raise DatasetError(f"{path}: {error}: {again}") from None
+
+
+class _PartError(Exception):
+    """What is wrong with a part."""
+
+
+def _documents(labels: Labels, file: pq.ParquetFile, rows: np.ndarray, names: tuple[str, ...]) -> _Documents:
+    """The documents of some rows; those without a token are left out."""
+    lists = _lists(file, names)
+    offsets = lists["ids"].offsets.to_numpy()
+    for name, values in lists.items():
+        if not np.array_equal(values.offsets.to_numpy(), offsets):
+            raise _PartError(f"lists of {_column(name)} are not as long as those of token_ids")
+    arrays = {name: values.values.to_numpy(zero_copy_only=False) for name, values in lists.items()}
+    ids = arrays["ids"]
+    if len(ids) and not 0 <= ids.min() <= ids.max() < labels.vocab_size:
+        raise _PartError(f"a token id is not one of the tokenizer's {labels.vocab_size}")
+    if (ids == labels.call_id).any():
+        raise _PartError("<CALL> stands among the tokens")
+    if len(ids) and "label" in arrays and not 0 <= arrays["label"].min() <= arrays["label"].max() < len(LABEL_NAMES):
+        raise _PartError("a label is none of " + ", ".join(LABEL_NAMES))
+    rows = rows[np.diff(offsets)[rows] > 0]
+    lengths = np.diff(offsets)[rows].astype(np.int64) + 1
+    index = _index(offsets[rows] - 1, lengths)
+    ends = COLUMNS | {"ids": np.array(labels.eos_id, np.int32)}
+    firsts = np.cumsum(lengths) - lengths
+    for name, values in arrays.items():
+        arrays[name] = values.take(index, mode="clip")  # the end token of the first document is at -1
+        arrays[name][firsts] = ends[name]
+    return _Documents(lengths, arrays)
+
+
+def _lists(file: pq.ParquetFile, names: Iterable[str]) -> dict[str, pa.ListArray]:
+    for name in names:
+        column = _column(name)
+        if column not in file.schema_arrow.names:
+            raise _PartError(f"it has no column {column}")
+        if file.schema_arrow.field(column).type != LABELS.field(column).type:
+            raise _PartError(f"its column {column} is {file.schema_arrow.field(column).type}")
+    table = file.read([_column(name) for name in names], use_threads=False)
+    found = {name: table[_column(name)].combine_chunks() for name in names}
+    for name, values in found.items():
+        may_lack = name in ("ref_nll", "judge")
+        if values.null_count or (values.values.null_count and not may_lack):
+            raise _PartError(f"{_column(name)} has nulls")
+    return found
+
+
+def _column(name: str) -> str:
+    return "token_ids" if name == "ids" else name
+
+
+def _is_held(file: pq.ParquetFile, holdout: float) -> np.ndarray:
+    """(rows,) bool. A document is held out by its id alone, whatever the seed, its part and the other documents."""
+    if "doc_id" not in file.schema_arrow.names:
+        raise _PartError("it has no column doc_id")
+    ids = file.read(["doc_id"], use_threads=False)["doc_id"].to_pylist()
+    digests = b"".join(blake2b(name.encode(), digest_size=8).digest() for name in ids)
+    return np.frombuffer(digests, ">u8") < holdout * 2.0**64
+
+
+def _require(labels: Labels, columns: Collection[str]) -> None:
+    """Raises DatasetError when the shards have nothing in a column, by the first part that could."""
+    unknown = set(columns) - COLUMNS.keys()
+    if unknown:
+        raise ValueError(f"no such columns: {', '.join(sorted(unknown))}")
+    asked = [name for name in _REMEDIES if name in columns]
+    record = next((record for record in labels.records if record.tokens > record.rows), None)
+    if not asked or record is None:
+        return
+    with _opened(labels, record) as file:
+        for name in asked:
+            present = name in file.schema_arrow.names
+            if not present or (name == "ref_nll" and _is_void(file, name)):
+                raise DatasetError(f"{labels.root} has no {name}: {_REMEDIES[name]}")
+
+
+def _is_void(file: pq.ParquetFile, name: str) -> bool:
+    values = _lists(file, [name])[name].values
+    return bool(values.null_count == len(values))
+
+
+def _same_stream(state: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises DatasetError when a state does not fit."""
+    new = "or start a new run from its weights with --model"
+    if state.get("version") != STATE_VERSION:
+        raise DatasetError(
+            f"the checkpoint's place in the data has version {state.get('version')}, this lacy reads {STATE_VERSION}: "
+            f"resume with the lacy that made it, {new}"
+        )
+    then = state["geometry"]
+    if then["fingerprint"] != now["fingerprint"]:
+        raise DatasetError(
+            "the checkpoint was made from other data (parts, labels or tokenizer): resume with the dataset and the "
+            f"labels that it began with, {new}"
+        )
+    for name, phrase in _GEOMETRY.items():
+        if then[name] != now[name]:
+            before, after = phrase.format(then[name]), phrase.format(now[name])
+            raise DatasetError(
+                f"the checkpoint was made with {before}, this run has {after}: resume with {before}, {new}"
+            )
+
+
+def _pick(dataset: str, sets: dict[str, LabelSet], asked: str | None) -> LabelSet:
+    if not sets:
+        raise DatasetError(f"{dataset} has no labels: lacy decide makes them")
+    if asked is None:
+        asked = DEFAULT_LABELS if DEFAULT_LABELS in sets else next(iter(sets))
+    if asked not in sets:
+        raise DatasetError(f"{dataset} has no label set {asked!r}: it has {', '.join(sets)}; lacy decide makes others")
+    return sets[asked]
+
+
+def _covers(dataset: str, manifest: Manifest, labels: LabelSet) -> None:
+    """Raises DatasetError when the labels are not those of the manifest's documents, or when there is none."""
+    wanted = {record.name: (record.rows, record.tokens) for record in manifest.parts if record.rows}
+    found = {record.name: (record.rows, record.tokens) for record in labels.parts if record.rows}
+    if wanted != found:
+        wrong = sum(wanted.get(name) != found.get(name) for name in wanted.keys() | found.keys())
+        raise DatasetError(
+            f"label set {labels.name!r} does not fit {dataset}, {wrong} parts differ: "
+            f"lacy decide --name {labels.name} writes it again"
+        )
+    if not wanted:
+        raise DatasetError(f"{dataset} has no document to learn from: label a corpus that has some")
+
+
+def _tokenizer_files(root: Path, manifest: Manifest) -> tuple[bytes, dict[str, Any], str]:
+    """tokenizer.json, tokenizer_config.json, and the end token that it names."""
+    folder = root / "tokenizer"
+    again = "copy the whole dataset again, or label the corpus again, into a new folder"
+    try:
+        content = _patiently((folder / "tokenizer.json").read_bytes, str(folder))
+        if sha256(content) != manifest.tokenizer.get("sha256"):
+            raise DatasetError(f"{folder}/tokenizer.json is not the tokenizer of the manifest: {again}")
+        settings = json.loads(_patiently((folder / "tokenizer_config.json").read_bytes, str(folder)))
+        eos = settings.get("eos_token")
+    except FileNotFoundError as error:
+        raise DatasetError(f"{folder} is incomplete ({_line(error)}): {again}") from None
+    except (ValueError, AttributeError):
+        raise DatasetError(f"{folder}/tokenizer_config.json is damaged: {again}") from None
+    if isinstance(eos, dict):
+        eos = eos.get("content")
+    if not isinstance(eos, str):
+        raise DatasetError(f"{folder} names no eos_token, which parts documents: label with a tokenizer that has one")
+    return content, settings, eos
+
+
+def _vocabulary(root: Path, content: bytes, eos_token: str) -> tuple[int, int]:
+    """The end token's id, and the vocabulary's size."""
+    from tokenizers import Tokenizer
+
+    try:
+        vocabulary = Tokenizer.from_str(content.decode()).get_vocab(with_added_tokens=True)
+    except Exception as error:  # the library raises nothing narrower
+        raise DatasetError(f"{root}/tokenizer/tokenizer.json cannot be read: {_line(error)}") from None
+    if eos_token not in vocabulary:
+        raise DatasetError(
+            f"the end token {eos_token!r} is not in the tokenizer of {root}: label with a tokenizer that has it"
+        )
+    return vocabulary[eos_token], max(vocabulary.values()) + 1
+
+
+def _patiently(read: Callable[[], T], what: str) -> T:
+    """Read, ATTEMPTS times where a store fails. Raises DatasetError; FileNotFoundError as it comes."""
+    for attempt in range(ATTEMPTS):
+        if attempt:
+            time.sleep(BACK_OFF * 2 ** (attempt - 1))
+        try:
+            return read()
+        except (DatasetError, FileNotFoundError):
+            raise
+        except Exception as error:  # every store has exceptions of its own
+            reason = _line(error)
+            if isinstance(error, _LASTING):
+                break
+    raise DatasetError(f"{what} cannot be read: {reason}")
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _as_it_is(batch: T) -> T:
+    """Arrays cross from a worker as they are: torch would open a connection for each tensor."""
+    return batch
+
+
+def _tensor(values: np.ndarray) -> torch.Tensor:
+    tensor = torch.from_numpy(values)
+    return tensor.pin_memory() if torch.cuda.is_available() else tensor

@@ -1,0 +1,79 @@
+"""What a run tells: OUT/log.jsonl, TensorBoard, Weights & Biases."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from schemas.files import write_atomic
+from trainer.config import TrainConfig, TrainingError
+
+
+class Log:
+    """One JSON object a line: those of steps have "loss", those of validations "nll_other"."""
+
+    def __init__(self, config: TrainConfig, step: int):
+        """`step`: the last of the checkpoint that the run goes on from; what was told after it is taken back."""
+        path = config.out / "log.jsonl"
+        _cut(path, step)
+        self._file = open(path, "a", buffering=1)  # noqa: SIM115 - closed by close()
+        self._board = _board(config.out, step) if config.tensorboard else None
+        self._wandb = _wandb(config) if config.wandb else None
+
+    def write(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record) + "\n")
+        prefix = "train" if "loss" in record else "valid"
+        numbers = {
+            f"{prefix}/{name}": value
+            for name, value in record.items()
+            if name != "step" and isinstance(value, (int, float)) and math.isfinite(value)
+        }
+        if self._board is not None:
+            for name, value in numbers.items():
+                self._board.add_scalar(name, value, record["step"])
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=record["step"])
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def read(out: Path) -> list[dict[str, Any]]:
+    """The records of a run."""
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def _cut(path: Path, step: int) -> None:
+    """Leave the records up to a step; a line that a crash broke off goes too."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if record["step"] <= step:
+            kept.append(line + "\n")
+    write_atomic(path, "".join(kept).encode())
+
+
+def _board(out: Path, step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise TrainingError("TensorBoard is not installed: pip install tensorboard, or --no-tensorboard") from None
+    return SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
+
+
+def _wandb(config: TrainConfig) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise TrainingError("--wandb needs its package: pip install wandb") from None
+    settings = config.model_dump(mode="json")
+    return wandb.init(project=config.wandb, name=config.out.name, id=config.out.name, resume="allow", config=settings)

@@ -1,0 +1,329 @@
+"""The small model: a Hugging Face architecture, from a preset or a folder, and how it is laid over devices."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, GPT2Config, LlamaConfig, PreTrainedConfig
+from transformers.modeling_utils import AttentionInterface, PreTrainedModel
+
+from trainer import head
+from trainer.config import TrainConfig, TrainingError
+from trainer.data import Labels
+from trainer.head import Measures, Stats
+from trainer.ranks import Ranks
+
+ROUND_TO = 64  # rows of the vocabulary: matrix products are faster
+
+
+@dataclass(frozen=True)
+class Preset:
+    kind: type[PreTrainedConfig]
+    layers: int
+    width: int
+    heads: int
+    context: int = 1024
+    inner: int | None = None  # None: four times the width
+    lr: float = 3e-4
+
+
+PRESETS = {
+    "gpt2-334m": Preset(GPT2Config, layers=24, width=1024, heads=16),  # the paper's two (arXiv 2602.12005)
+    "gpt2-1.3b": Preset(GPT2Config, layers=24, width=2048, heads=32, lr=2e-4),
+    "llama-334m": Preset(LlamaConfig, layers=24, width=1024, heads=16, inner=2752),
+    "llama-1.3b": Preset(LlamaConfig, layers=24, width=2048, heads=32, inner=5632, lr=2e-4),
+    "tiny": Preset(GPT2Config, layers=4, width=128, heads=4, context=256, lr=2e-3),
+}
+
+
+class Learner(nn.Module):
+    """A network and its vocabulary projection in one forward pass, so that wrappers gather all weights for both."""
+
+    def __init__(self, network: PreTrainedModel, call_id: int):
+        super().__init__()
+        self.network = network
+        self.call_id = call_id
+
+    def forward(
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        gradient: torch.Tensor | None = None,
+        measure: bool = False,
+    ) -> Stats | Measures:
+        """Ids (B, T+1) to the statistics of their B*T targets, with `gradient` as `trainer.head.project` has it.
+
+        `positions` (B, T) restart where a document begins; None: attention crosses documents. With `measure`: what
+        `trainer.head.measure` gives.
+        """
+        inputs, targets = ids[:, :-1].long(), ids[:, 1:].reshape(-1).long()
+        extra = {} if positions is None else {"position_ids": positions, "documents": _documents(positions)}
+        found = self.network.base_model(input_ids=inputs, use_cache=False, **extra)
+        hidden = found.last_hidden_state.flatten(0, 1)  # (B*T, d)
+        weight = self.network.get_output_embeddings().weight  # (V, d)
+        if measure:
+            return head.measure(hidden, weight, targets, self.call_id)
+        return head.project(hidden, weight, targets, self.call_id, gradient=gradient)
+
+
+def build(config: TrainConfig, labels: Labels) -> PreTrainedModel:
+    """The network in float32 on the CPU, with weights from the seed or from the folder that `config.model` names.
+
+    Raises TrainingError when there is no such preset or folder, or when it cannot be trained on these labels.
+    """
+    torch.manual_seed(config.seed)
+    if config.model in PRESETS:
+        settings = _preset(PRESETS[config.model], config.context, config.dropout, labels)
+        network = AutoModelForCausalLM.from_config(settings, attn_implementation=ATTENTION)
+    else:
+        network = _from_folder(config.model, labels)
+    longest = getattr(network.config, "max_position_embeddings", None)
+    if config.context and longest and config.context > longest:
+        raise TrainingError(f"--context {config.context} is more than the model's {longest} positions")
+    network.config.architectures = [type(network).__name__]
+    network.config.dtype = torch.float32
+    network.config.bos_token_id = network.config.eos_token_id = labels.eos_id
+    network.config.pad_token_id = None  # with one, transformers looks for padding in every batch
+    network.generation_config = GenerationConfig(
+        bos_token_id=labels.eos_id, eos_token_id=labels.eos_id, pad_token_id=labels.eos_id
+    )
+    return network
+
+
+def place(network: PreTrainedModel, call_id: int, config: TrainConfig, ranks: Ranks) -> nn.Module:
+    """The network with its head on this rank's device, wrapped to learn together with the other ranks."""
+    if config.checkpoint_activations:
+        network.gradient_checkpointing_enable({"use_reentrant": False})
+    learner = Learner(network, call_id).to(ranks.device).train()
+    if config.compile == "on" or (config.compile == "auto" and ranks.device.type == "cuda"):
+        for block in blocks(network):
+            block.compile()
+    if ranks.count == 1:
+        return learner
+    if config.parallel == "ddp":
+        return DistributedDataParallel(learner, device_ids=[ranks.device] if ranks.device.type == "cuda" else None)
+    narrow = torch.bfloat16 if precision(config, ranks.device) == "bf16" else None
+    policy = MixedPrecisionPolicy(param_dtype=narrow, reduce_dtype=torch.float32 if narrow else None)
+    mesh = init_device_mesh(ranks.device.type, (ranks.count,))
+    for block in blocks(network):
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(learner, mesh=mesh, mp_policy=policy)
+    return learner
+
+
+def precision(config: TrainConfig, device: torch.device) -> str:
+    """fp32, tf32 or bf16."""
+    if config.precision != "auto":
+        return config.precision
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+
+
+def context(config: TrainConfig) -> int:
+    """Tokens of a sequence, where the configuration leaves it open."""
+    if config.context:
+        return config.context
+    if config.model in PRESETS:
+        return PRESETS[config.model].context
+    settings = _settings(config.model)
+    return min(1024, getattr(settings, "max_position_embeddings", 1024))
+
+
+def learning_rate(config: TrainConfig) -> float:
+    return config.lr or (PRESETS[config.model].lr if config.model in PRESETS else 3e-4)
+
+
+def blocks(network: PreTrainedModel) -> list[nn.Module]:
+    """The layers: the longest list of modules in the network."""
+    lists = [list(module) for module in network.base_model.modules() if isinstance(module, nn.ModuleList)]
+    return max(lists, key=len, default=[])
+
+
+def flops_per_token(network: PreTrainedModel, context: int) -> float:
+    """Of a forward and a backward pass, for the matrix products: 6 N + 12 L d T (PaLM, arXiv 2204.02311, appendix B).
+
+    N leaves out position embeddings, and input embeddings that are not the output's too.
+    """
+    settings = network.config.get_text_config()
+    embeddings = [m for m in network.base_model.modules() if isinstance(m, nn.Embedding)]
+    output = network.get_output_embeddings().weight
+    looked_up = sum(m.weight.numel() for m in embeddings if m.weight is not output)
+    count = sum(p.numel() for p in network.parameters()) - looked_up
+    return 6 * count + 12 * settings.num_hidden_layers * settings.hidden_size * context
+
+
+def _preset(preset: Preset, context: int | None, dropout: float, labels: Labels) -> PreTrainedConfig:
+    rows = -(-labels.vocab_size // ROUND_TO) * ROUND_TO
+    length = context or preset.context
+    if preset.kind is GPT2Config:
+        return GPT2Config(
+            vocab_size=rows,
+            bos_token_id=labels.eos_id,
+            eos_token_id=labels.eos_id,
+            n_positions=length,
+            n_embd=preset.width,
+            n_layer=preset.layers,
+            n_head=preset.heads,
+            n_inner=preset.inner,
+            resid_pdrop=dropout,
+            embd_pdrop=dropout,
+            attn_pdrop=dropout,
+        )
+    return LlamaConfig(
+        vocab_size=rows,
+        bos_token_id=labels.eos_id,
+        eos_token_id=labels.eos_id,
+        max_position_embeddings=length,
+        hidden_size=preset.width,
+        intermediate_size=preset.inner or 4 * preset.width,
+        num_hidden_layers=preset.layers,
+        num_attention_heads=preset.heads,
+        num_key_value_heads=preset.heads,
+        tie_word_embeddings=True,
+        attention_dropout=dropout,
+    )
+
+
+def _settings(folder: str) -> PreTrainedConfig:
+    if not (Path(folder) / "config.json").is_file():
+        raise TrainingError(
+            f"--model {folder} is neither a preset ({', '.join(PRESETS)}) nor a folder with config.json"
+        )
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"cannot read {folder}/config.json: {' '.join(str(error).split())[:300]}") from None
+
+
+def _from_folder(folder: str, labels: Labels) -> PreTrainedModel:
+    """With the folder's weights, or random ones where it has none; with rows for all of the dataset's vocabulary."""
+    settings = _settings(folder)
+    _same_tokenizer(folder, labels)
+    try:
+        if any(Path(folder).glob("*.safetensors")):
+            network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=ATTENTION)
+        else:
+            network = AutoModelForCausalLM.from_config(settings, dtype=torch.float32, attn_implementation=ATTENTION)
+    except Exception as error:
+        raise TrainingError(f"cannot open the model {folder}: {' '.join(str(error).split())[:300]}") from error
+    if _rows(network) < labels.vocab_size:
+        network.resize_token_embeddings(labels.vocab_size, pad_to_multiple_of=ROUND_TO)
+    if not _plain_head(network):
+        raise TrainingError(f"{folder}: its logits are no plain projection (scaled, capped, or with a bias)")
+    return network
+
+
+def _rows(network: PreTrainedModel) -> int:
+    """Of the vocabulary."""
+    return len(network.get_input_embeddings().weight)  # type: ignore[arg-type]
+
+
+def _same_tokenizer(folder: str, labels: Labels) -> None:
+    """A model folder with a tokenizer must give every token the id that the dataset gives it."""
+    file = Path(folder) / "tokenizer.json"
+    if not file.is_file():
+        return
+    theirs, ours = _vocabulary(file.read_bytes()), _vocabulary(labels.tokenizer_json)
+    if any(ours.get(token) != index for token, index in theirs.items()):
+        raise TrainingError(
+            f"the tokenizer of {folder} is not the dataset's: label the corpus with --tokenizer {folder}, "
+            f"or train another model"
+        )
+
+
+def _vocabulary(tokenizer: bytes) -> dict[str, int]:
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_str(tokenizer.decode()).get_vocab(with_added_tokens=True)
+
+
+@torch.inference_mode()
+def _plain_head(network: PreTrainedModel) -> bool:
+    layer = network.get_output_embeddings()
+    if layer is None or getattr(layer, "bias", None) is not None:
+        return False
+    prompt = (torch.arange(16) * (_rows(network) // 16))[None]
+    network.eval()
+    theirs = network(input_ids=prompt, use_cache=False).logits
+    ours = nn.functional.linear(network.base_model(input_ids=prompt, use_cache=False).last_hidden_state, layer.weight)
+    network.train()
+    return ours.shape == theirs.shape and torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def tokenizer_files(labels: Labels, context: int) -> dict[str, bytes]:
+    """Names and contents of the files that let `transformers` and vLLM open the dataset's tokenizer."""
+    settings = labels.tokenizer_config | {
+        "bos_token": labels.eos_token,
+        "pad_token": labels.eos_token,
+        "model_max_length": context,
+    }
+    return {
+        "tokenizer.json": labels.tokenizer_json,
+        "tokenizer_config.json": (json.dumps(settings, indent=1) + "\n").encode(),
+    }
+
+
+def _attend(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    documents: Any = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention for packed sequences, (B, heads, T, head width) to (B, T, heads, head width).
+
+    The library's own asks on the device in every pass whether documents are packed, which stalls a GPU.
+    """
+    grouped = query.shape[1] != key.shape[1]
+    if documents is None or isinstance(documents, torch.Tensor):
+        out = nn.functional.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=documents,
+            dropout_p=dropout if module.training else 0.0,
+            is_causal=documents is None,
+            scale=scaling,
+            enable_gqa=grouped,
+        )
+    else:
+        out = _flex(query, key, value, block_mask=documents, scale=scaling, enable_gqa=grouped)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _documents(positions: torch.Tensor) -> Any:
+    """What attention within documents needs: a BlockMask on a GPU, else a mask (B, 1, T, T) bool."""
+    document = (positions == 0).cumsum(1)  # (B, T)
+    rows, length = positions.shape
+    if positions.device.type == "cuda":
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        def within(b: Any, h: Any, q: Any, k: Any) -> Any:
+            return (q >= k) & (document[b, q] == document[b, k])
+
+        return create_block_mask(within, rows, None, length, length, device=positions.device.type)
+    same = document[:, :, None] == document[:, None, :]
+    return torch.tril(same)[:, None]
+
+
+def _flex(*arguments: torch.Tensor, **options: Any) -> torch.Tensor:
+    global _compiled_flex
+    if _compiled_flex is None:
+        from torch.nn.attention.flex_attention import flex_attention
+
+        _compiled_flex = torch.compile(flex_attention)
+    return _compiled_flex(*arguments, **options)
+
+
+_compiled_flex: Any = None
+ATTENTION = "lacy"
+AttentionInterface.register(ATTENTION, _attend)

@@ -1,0 +1,74 @@
+"""The processes of one run, as `torchrun` starts them; one alone where it does not."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from trainer.config import TrainConfig, TrainingError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    rank: int
+    count: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def joined(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """A tensor (n,) to those of all ranks (ranks * n,), in order of rank; None where there is one rank."""
+        return _joined if self.count > 1 else None
+
+    def total(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum over ranks, on each of them; in place, on the tensor's own device."""
+        if self.count > 1:
+            dist.all_reduce(values)
+        return values
+
+    def gathered(self, value: Any) -> list[Any]:
+        """The small objects of all ranks, in order, on each of them."""
+        if self.count == 1:
+            return [value]
+        found: list[Any] = [None] * self.count
+        dist.all_gather_object(found, value)
+        return found
+
+    def wait(self) -> None:
+        if self.count > 1:
+            dist.barrier()
+
+    def leave(self) -> None:
+        if self.count > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def join(config: TrainConfig) -> Ranks:
+    """Join the other ranks. Raises TrainingError when the device is not there."""
+    count, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    has_gpu = torch.cuda.is_available()
+    if config.device == "cuda" and not has_gpu:
+        raise TrainingError("--device cuda: torch sees no GPU here (leave it out to train on the CPU)")
+    if config.device == "cpu" or not has_gpu:
+        device = torch.device("cpu")
+    else:
+        if local >= torch.cuda.device_count():
+            raise TrainingError(f"{local + 1} ranks on a machine with {torch.cuda.device_count()} GPUs: start fewer")
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    if count > 1:
+        # gloo beside nccl: counts that the host knows are summed there, without waiting for the device.
+        dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
+    return Ranks(rank=int(os.environ.get("RANK", 0)), count=count, device=device)
+
+
+def _joined(values: torch.Tensor) -> torch.Tensor:
+    found = torch.empty(dist.get_world_size() * len(values), dtype=values.dtype, device=values.device)
+    dist.all_gather_into_tensor(found, values.contiguous())
+    return found

@@ -1,0 +1,428 @@
+"""A training run: build or resume, then step after step until a limit is reached.
+
+    lacy train DATASET --out RUN --model gpt2-334m --objective lacy
+    torchrun --nproc-per-node 8 -m lacy train DATASET --out RUN
+
+The loss of a step is the sum over its positions with a target, divided by their number in the whole step, over all
+micro-batches and ranks: a position weighs the same wherever it stands. That number is known from the data before any
+forward pass, because how many positions are chosen depends on how many could be, not on which they are.
+"""
+
+import math
+import resource
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+from transformers.modeling_utils import PreTrainedModel
+
+from trainer import checkpoint, data, evaluate, model, objectives, optimizer
+from trainer import config as configuration
+from trainer.checkpoint import Progress
+from trainer.config import TrainConfig, TrainingError
+from trainer.data import Labels
+from trainer.logs import Log
+from trainer.objectives import Objective
+from trainer.ranks import Ranks, join
+
+PEAK_FLOPS = {  # dense bf16 of one GPU, by a word of its name
+    "B200": 2250e12,
+    "GH200": 989e12,
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "4090": 165e12,
+}
+
+Batch = dict[str, torch.Tensor]
+Tell = Callable[[str, dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended; `stopped` is the signal that ended it before its limit, if one did."""
+
+    progress: Progress
+    stopped: int | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """What does not change during a run."""
+
+    config: TrainConfig
+    ranks: Ranks
+    labels: Labels
+    objective: Objective
+    context: int
+    network: PreTrainedModel
+    learner: nn.Module  # the network and its head, wrapped for several ranks
+    optimizer: torch.optim.AdamW
+    max_steps: int | None
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.config.accumulate * self.config.batch * self.context * self.ranks.count
+
+
+@dataclass(frozen=True)
+class Step:
+    """The data of one step.
+
+    batches  the micro-batches of this rank, on the device
+    counts   (micro-batches, 3) int64 on the host, of this rank: see `objectives.count`
+    place    the loader's state behind them
+    epoch    how often this rank has read its documents
+    """
+
+    batches: list[Batch]
+    counts: torch.Tensor
+    place: dict[str, Any]
+    epoch: float
+
+
+@dataclass
+class Stop:
+    signal: int = 0
+
+
+def train(config: TrainConfig, tell: Tell | None = None) -> Outcome:
+    """Run `config`, from its newest checkpoint where there is one.
+
+    `tell` hears, on the first rank, ("start" | "step" | "valid" | "save", numbers). SIGTERM and SIGINT end the run
+    after the step in hand, with a checkpoint. Raises TrainingError and DatasetError.
+    """
+    ranks = join(config)
+    try:
+        with _stoppable() as stop:
+            return _go(_prepare(config, ranks), stop, tell if tell and ranks.first else _nobody)
+    finally:
+        ranks.leave()
+
+
+def _prepare(config: TrainConfig, ranks: Ranks) -> Run:
+    labels = data.open_labels(config.dataset, config.labels)
+    if config.precision == "tf32":
+        torch.set_float32_matmul_precision("high")
+    torch.use_deterministic_algorithms(ranks.device.type == "cpu" or config.deterministic)
+    network = model.build(config, labels)
+    context = model.context(config)
+    limits = [config.max_steps] if config.max_steps else []
+    if config.epochs or not (config.max_steps or config.gt_tokens):
+        tokens = (config.epochs or 1) * (1 - config.holdout) * labels.tokens  # end tokens left out
+        limits.append(math.ceil(tokens / (config.accumulate * config.batch * context * ranks.count)))
+    learner = model.place(network, labels.call_id, config, ranks)
+    return Run(
+        config=config,
+        ranks=ranks,
+        labels=labels,
+        objective=objectives.parse(config.objective),
+        context=context,
+        network=network,
+        learner=learner,
+        optimizer=optimizer.build(network, config),
+        max_steps=min(limits, default=None),
+    )
+
+
+def _go(run: Run, stop: Stop, tell: Tell) -> Outcome:
+    config, ranks = run.config, run.ranks
+    stream = _loader(run)
+    progress, random, saved = Progress(), None, None
+    if resumed := checkpoint.newest(config.out):
+        progress, loader, random = checkpoint.restore(resumed, run.network, run.optimizer, ranks)
+        stream.load_state_dict(loader)
+        saved = progress.step
+    saver = log = None
+    if ranks.first:
+        configuration.save(config)
+        saver = checkpoint.Saver(config, run.network, model.tokenizer_files(run.labels, run.context))
+        log = Log(config, progress.step)
+    tell("start", _facts(run) | asdict(progress) | {"done": _done(run, progress)})
+    clock = _Clock(run, progress)
+    held = _held_out(run)
+    place: dict[str, Any] | None = None
+    try:
+        for step in _steps(run, stream):
+            if random is not None:
+                checkpoint.set_random_state(random, ranks.device)  # the loader has drawn its seed by now
+                random = None
+            counts, ended = _agree(run, step, stop, saver)
+            if ended or _done(run, progress) >= 1:
+                break
+            progress, told = _step(run, step, counts, progress)
+            place = step.place
+            last = _done(run, progress) >= 1
+            saving = last or progress.step % config.save_every == 0
+            if saving or progress.step % config.log_every == 0:
+                record = asdict(progress) | _told(run, told, progress) | {"epoch": step.epoch} | clock.read(progress)
+                tell("step", record | {"done": _done(run, progress)})
+                if log is not None:
+                    log.write(record)
+            if held and (last or progress.step % config.eval_every == 0):
+                found = {"step": progress.step} | _validate(run, held)
+                tell("valid", found)
+                if log is not None:
+                    log.write(found)
+                clock.skip(progress)
+            if saving:
+                _save(run, saver, progress, step.place)
+                saved = progress.step
+        if place is not None and saved != progress.step:
+            _save(run, saver, progress, place)
+        if saver is not None:
+            saver.wait()
+    finally:
+        stream.close()
+        if log is not None:
+            log.close()
+        if saver is not None:
+            saver.join()
+    ranks.wait()
+    return Outcome(progress, stop.signal or None)
+
+
+def _step(run: Run, step: Step, counts: list[list[int]], progress: Progress) -> tuple[Progress, torch.Tensor]:
+    """One update of the weights.
+
+    `counts` are those of `Step`, summed over ranks. Returns how far the run is then, and (5,) float64 on the device:
+    this rank's sums, as `objectives.micro_batch` gives them, and the norm of the gradient.
+    """
+    config, ranks = run.config, run.ranks
+    quotas = [objectives.quota(run.objective, row, config.budget) for row in counts]
+    learnt = sum(positions - chosen - ignored for (_, positions, ignored), chosen in zip(counts, quotas, strict=True))
+    targets = learnt + (0 if run.objective.ignore else sum(quotas))
+    rate = optimizer.rate(config, model.learning_rate(config), progress.step, _done(run, progress), run.max_steps)
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate
+    total = torch.zeros(4, dtype=torch.float64, device=ranks.device)
+    for number, (batch, quota) in enumerate(zip(step.batches, quotas, strict=True)):
+        _synchronise(run, number == len(quotas) - 1)
+        with _autocast(run):
+            loss, sums = objectives.micro_batch(
+                run.objective,
+                batch,
+                partial(run.learner, batch["ids"], batch.get("positions")),
+                eos_id=run.labels.eos_id,
+                quota=quota,
+                weight=ranks.count / max(1, targets),  # wrappers average gradients over ranks
+                learn_softmax=config.learn_softmax,
+                seed=config.seed,
+                first_row=((progress.step * len(quotas) + number) * ranks.count + ranks.rank) * config.batch,
+                joined=ranks.joined,
+                rank=ranks.rank,
+            )
+        loss.backward()
+        total += sums
+    norm = nn.utils.clip_grad_norm_(run.network.parameters(), config.clip)
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    progress = Progress(progress.step + 1, progress.tokens + run.tokens_per_step, progress.gt_tokens + learnt)
+    return progress, torch.cat([total, checkpoint.whole(norm).detach().reshape(1).double()])
+
+
+def _steps(run: Run, stream: data.Stream) -> Iterator[Step]:
+    """Endless; the data of a step is on its way to the device while the step before it is computed."""
+    batches = iter(stream)
+
+    def fetch() -> Step:
+        mine = [next(batches) for _ in range(run.config.accumulate)]
+        return Step(
+            batches=[
+                {name: values.to(run.ranks.device, non_blocking=True) for name, values in b.items()} for b in mine
+            ],
+            counts=torch.stack([objectives.count(run.objective, batch, run.labels.eos_id) for batch in mine]),
+            place=stream.state_dict(),
+            epoch=stream.epoch,
+        )
+
+    ahead = fetch()
+    while True:
+        now, ahead = ahead, fetch()
+        yield now
+
+
+def _agree(run: Run, step: Step, stop: Stop, saver: checkpoint.Saver | None) -> tuple[list[list[int]], bool]:
+    """Counts of the step over all ranks, and whether any of them wants to end the run here."""
+    ends = bool(stop.signal) or (saver is not None and saver.failed)
+    together = run.ranks.total(torch.cat([step.counts.flatten(), torch.tensor([int(ends)])])).tolist()
+    return [together[at : at + 3] for at in range(0, len(together) - 1, 3)], bool(together[-1])
+
+
+def _done(run: Run, progress: Progress) -> float:
+    """The share of the run that is done, by the limit that is nearest."""
+    shares = [progress.step / run.max_steps] if run.max_steps else []
+    if run.config.gt_tokens:
+        shares.append(progress.gt_tokens / run.config.gt_tokens)
+    return min(1.0, max(shares))
+
+
+def _told(run: Run, told: torch.Tensor, progress: Progress) -> dict[str, Any]:
+    """What `_step` returned, as means over the targets of all ranks, nats. Waits for the device.
+
+    Raises TrainingError when the loss is no number any more.
+    """
+    learn, learns, call, calls = run.ranks.total(told[:4]).tolist()
+    norm = float(told[4])
+    loss = (learn + call) / max(1, learns + calls)
+    if not math.isfinite(loss) or not math.isfinite(norm):
+        raise TrainingError(
+            f"the loss of step {progress.step} is {loss}, its gradient's norm {norm}: "
+            f"go on from the last checkpoint with a new run (--model) and a lower --lr or --clip"
+        )
+    return {
+        "loss": loss,
+        "learn_loss": learn / learns if learns else None,
+        "call_loss": call / calls if calls else None,
+        "called": calls / run.tokens_per_step,
+        "lr": run.optimizer.param_groups[0]["lr"],
+        "grad_norm": norm,
+    }
+
+
+def _held_out(run: Run) -> list[Batch]:
+    """This rank's batches of the held-out documents, in host memory."""
+    config = run.config
+    if not config.holdout:
+        return []
+    return list(
+        data.held_out(
+            run.labels,
+            batch=config.batch,
+            context=run.context,
+            columns={"factual"},
+            rank=run.ranks.rank,
+            ranks=run.ranks.count,
+            holdout=config.holdout,
+            positions=config.mask_documents,
+            max_tokens=config.eval_tokens,
+        )
+    )
+
+
+def _validate(run: Run, held: list[Batch]) -> dict[str, Any]:
+    with _autocast(run):
+        return evaluate.validate(run.learner, held, run.ranks).model_dump()
+
+
+def _save(run: Run, saver: checkpoint.Saver | None, progress: Progress, place: dict[str, Any]) -> None:
+    snapshot = checkpoint.take(progress, place, run.network, run.optimizer, run.ranks)
+    if saver is not None:
+        saver.start(snapshot)
+
+
+def _loader(run: Run) -> data.Stream:
+    config = run.config
+    return data.loader(
+        run.labels,
+        batch=config.batch,
+        context=run.context,
+        columns=objectives.columns(run.objective),
+        seed=config.seed,
+        rank=run.ranks.rank,
+        ranks=run.ranks.count,
+        workers=config.loader_workers,
+        holdout=config.holdout,
+        buffer_tokens=config.buffer_tokens,
+        positions=config.mask_documents,
+    )
+
+
+def _autocast(run: Run) -> Any:
+    sharded = run.ranks.count > 1 and run.config.parallel == "fsdp"  # which casts by itself
+    if sharded or model.precision(run.config, run.ranks.device) != "bf16":
+        return nullcontext()
+    return torch.autocast(run.ranks.device.type, torch.bfloat16)
+
+
+def _synchronise(run: Run, last: bool) -> None:
+    """Gradients are exchanged once in a step, behind its last micro-batch."""
+    if isinstance(run.learner, DistributedDataParallel):
+        run.learner.require_backward_grad_sync = last
+    elif isinstance(run.learner, FSDPModule):
+        run.learner.set_requires_gradient_sync(last)
+
+
+def _facts(run: Run) -> dict[str, Any]:
+    config, device = run.config, run.ranks.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    return {
+        "parameters": run.network.num_parameters(),
+        "objective": config.objective,
+        "device": name if run.ranks.count == 1 else f"{run.ranks.count} x {name}",
+        "precision": model.precision(config, device),
+        "tokens_per_step": run.tokens_per_step,
+        "max_steps": run.max_steps,
+        "gt_limit": config.gt_tokens,
+    }
+
+
+class _Clock:
+    """Tokens/s since the last reading, validations left out; FLOP utilisation of the dense bf16 peak; memory."""
+
+    def __init__(self, run: Run, progress: Progress):
+        self._ranks = run.ranks
+        self._flops = model.flops_per_token(run.network, run.context)
+        self._peak = _peak_flops(run.ranks.device)
+        self.skip(progress)
+
+    def skip(self, progress: Progress) -> None:
+        self._since, self._tokens = time.perf_counter(), progress.tokens
+
+    def read(self, progress: Progress) -> dict[str, Any]:
+        seconds = time.perf_counter() - self._since
+        rate = (progress.tokens - self._tokens) / seconds
+        self.skip(progress)
+        used = self._flops * rate / (self._peak * self._ranks.count) if self._peak else None
+        return {"tokens_per_second": rate, "mfu": used, "memory": _memory(self._ranks.device)}
+
+
+def _memory(device: torch.device) -> int:
+    """Bytes at the peak: of the GPU, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _peak_flops(device: torch.device) -> float | None:
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((flops for word, flops in PEAK_FLOPS.items() if word in name), None)
+
+
+@contextmanager
+def _stoppable() -> Iterator[Stop]:
+    """SIGTERM and SIGINT are noted; a second one does what it always did."""
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def note(number: int, _: Any) -> None:
+        stop.signal = number
+        signal.signal(number, before[signal.Signals(number)])
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _nobody(_: str, __: dict[str, Any]) -> None:
+    pass
