@@ -323,5 +323,5 @@ class _TrainProgress:
             f"AUC of p(<CALL>) for factual and wrong {figure('auc_factual_wrong')}"
         )
 
-    def _save(self, told: dict[str, Any]) -> None:
-        pass
+    def _note(self, told: dict[str, Any]) -> None:
+        self._console.print(told["text"], style="yellow")

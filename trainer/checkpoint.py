@@ -163,7 +163,7 @@ class Saver:
             self._prune()
         except (OSError, SafetensorError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            reason = getattr(error, "strerror", None) or str(error).rpartition("I/O error: ")[2]
             good = newest(self._out)
             last = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
             self._failure = TrainingError(f"cannot save {target}: {reason}; {last}: make room and go on with --resume")

@@ -18,6 +18,7 @@ import json
 import math
 import multiprocessing
 import time
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -74,6 +75,10 @@ _GEOMETRY: Final = {
 
 Arrays = dict[str, np.ndarray]
 T = TypeVar("T")
+
+
+class NothingHeldOutError(DatasetError):
+    """There is no document to validate on."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +161,8 @@ def loader(
     units = int(_cuts(labels, slots).sum())
     if units < slots:
         raise DatasetError(
-            f"{labels.root} has too few documents for {ranks} ranks with {max(1, workers)} loader workers each: use fewer"
+            f"{labels.root} has too few documents for {slots} loaders ({ranks} ranks, {workers} workers each): "
+            f"use fewer ranks or workers"
         )
     share = _Share(
         labels, tuple(columns), batch, context, seed, rank, ranks, workers, holdout, buffer_tokens, positions
@@ -180,8 +186,8 @@ def held_out(
 
     Batches have "real" (B, T) bool too, false where the last sequences are padded. Sequence i goes to rank i % ranks,
     and every rank gets as many batches, so the last ones may hold nothing real. It reads all parts up to `max_tokens`:
-    keep the batches rather than asking again. Raises DatasetError as `loader` does, and from the iterator where there
-    is no held-out document.
+    keep the batches rather than asking again. Raises DatasetError as `loader` does, and NothingHeldOutError, both
+    from the iterator too.
     """
     _require(labels, columns)
     rows = batch * ranks
@@ -210,14 +216,16 @@ class Stream:
             # fsspec's stores and torch's threads do not survive a fork. The server imports once what workers need.
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload(["torchdata.stateful_dataloader", __name__])
-        self._loader = StatefulDataLoader(
-            share,
-            batch_size=None,
-            num_workers=share.workers,
-            collate_fn=_as_it_is,
-            multiprocessing_context=context,
-            generator=torch.Generator(),  # not the global one, which this would draw from
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # by torch, of torchdata
+            self._loader = StatefulDataLoader(
+                share,
+                batch_size=None,
+                num_workers=share.workers,
+                collate_fn=_as_it_is,
+                multiprocessing_context=context,
+                generator=torch.Generator(),  # not the global one, which this would draw from
+            )
 
     @property
     def epoch(self) -> float:
@@ -228,18 +236,19 @@ class Stream:
         return self
 
     def __next__(self) -> dict[str, torch.Tensor]:
+        failure = ""
         try:
             if self._batches is None:
                 self._batches = iter(self._loader)
             worker, epoch, arrays = next(self._batches)
         except DatasetError as error:  # torch puts the traceback of a worker in front
-            raise DatasetError(str(error).strip().rpartition("DatasetError: ")[2]) from None
+            failure = str(error).strip().rpartition("DatasetError: ")[2]
         except RuntimeError as error:
             if "exited unexpectedly" not in str(error):
                 raise
-            raise DatasetError(
-                "a loader worker was killed, perhaps for want of memory: use fewer workers or smaller buffers"
-            ) from None
+            failure = "a loader worker was killed, perhaps for want of memory: use fewer workers or smaller buffers"
+        if failure:  # raised here, it holds no reference to the iterator, which must go for its workers to end
+            raise DatasetError(failure)
         self._epochs[worker] = epoch
         return {name: _tensor(values) for name, values in arrays.items()}
 
@@ -469,7 +478,7 @@ def _packed(
                 return
             waiting, count = [arrays], len(arrays["ids"])
     if not found:
-        raise DatasetError(
+        raise NothingHeldOutError(
             f"none of the documents of {labels.root} is held out by a holdout of {holdout:g}: use a larger one, or 0"
         )
     if count > 1:

@@ -69,6 +69,6 @@ def join(config: TrainConfig) -> Ranks:
 
 
 def _joined(values: torch.Tensor) -> torch.Tensor:
-    found = torch.empty(dist.get_world_size() * len(values), dtype=values.dtype, device=values.device)
-    dist.all_gather_into_tensor(found, values.contiguous())
-    return found
+    found = [torch.empty_like(values) for _ in range(dist.get_world_size())]
+    dist.all_gather(found, values.contiguous())
+    return torch.cat(found)

@@ -100,8 +100,8 @@ class Stop:
 def train(config: TrainConfig, tell: Tell | None = None) -> Outcome:
     """Run `config`, from its newest checkpoint where there is one.
 
-    `tell` hears, on the first rank, ("start" | "step" | "valid" | "save", numbers). SIGTERM and SIGINT end the run
-    after the step in hand, with a checkpoint. Raises TrainingError and DatasetError.
+    `tell` hears, on the first rank, ("start" | "note" | "step" | "valid", what there is to tell). SIGTERM and SIGINT
+    end the run after the step in hand, with a checkpoint. Raises TrainingError and DatasetError.
     """
     ranks = join(config)
     try:
@@ -151,7 +151,7 @@ def _go(run: Run, stop: Stop, tell: Tell) -> Outcome:
         log = Log(config, progress.step)
     tell("start", _facts(run) | asdict(progress) | {"done": _done(run, progress)})
     clock = _Clock(run, progress)
-    held = _held_out(run)
+    held = _held_out(run, tell)
     place: dict[str, Any] | None = None
     try:
         for step in _steps(run, stream):
@@ -291,24 +291,27 @@ def _told(run: Run, told: torch.Tensor, progress: Progress) -> dict[str, Any]:
     }
 
 
-def _held_out(run: Run) -> list[Batch]:
+def _held_out(run: Run, tell: Tell) -> list[Batch]:
     """This rank's batches of the held-out documents, in host memory."""
     config = run.config
     if not config.holdout:
         return []
-    return list(
-        data.held_out(
-            run.labels,
-            batch=config.batch,
-            context=run.context,
-            columns={"factual"},
-            rank=run.ranks.rank,
-            ranks=run.ranks.count,
-            holdout=config.holdout,
-            positions=config.mask_documents,
-            max_tokens=config.eval_tokens,
-        )
+    batches = data.held_out(
+        run.labels,
+        batch=config.batch,
+        context=run.context,
+        columns={"factual"},
+        rank=run.ranks.rank,
+        ranks=run.ranks.count,
+        holdout=config.holdout,
+        positions=config.mask_documents,
+        max_tokens=config.eval_tokens,
     )
+    try:
+        return list(batches)
+    except data.NothingHeldOutError as error:
+        tell("note", {"text": f"no validation: {error}"})
+        return []
 
 
 def _validate(run: Run, held: list[Batch]) -> dict[str, Any]:

@@ -12,12 +12,21 @@ def dataset(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def small_gpt2(tmp_path_factory) -> Path:
-    """A model folder with a configuration and no weights: two layers, 32 wide."""
+    """A model folder with a configuration and no weights: two layers, 32 wide, with dropout."""
+    return _gpt2(tmp_path_factory.mktemp("models") / "gpt2", 0.1)
+
+
+@pytest.fixture(scope="session")
+def still_gpt2(tmp_path_factory) -> Path:
+    """The same without dropout."""
+    return _gpt2(tmp_path_factory.mktemp("models") / "still", 0.0)
+
+
+def _gpt2(folder: Path, dropout: float) -> Path:
     from transformers import GPT2Config
 
-    folder = tmp_path_factory.mktemp("models") / "gpt2"
     GPT2Config(
         vocab_size=256, n_positions=64, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0,
-        resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1,
+        resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout,
     ).save_pretrained(folder)  # fmt: skip
     return folder

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import socket
 import time
@@ -17,12 +18,12 @@ _context.set_forkserver_preload(["trainer.train", "torchdata.stateful_dataloader
 TIMES = ("tokens_per_second", "memory", "mfu")  # what differs between two equal runs
 
 
-def start(config: TrainConfig, ranks: int = 1) -> list[Any]:
+def start(config: TrainConfig, ranks: int = 1, told: Any = None, largest_file: int | None = None) -> list[Any]:
     """The processes of a run, as torchrun would start them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = [_context.Process(target=_run, args=(config, rank, ranks, port)) for rank in range(ranks)]
+    port = _free_port()
+    processes = [
+        _context.Process(target=_run, args=(config, rank, ranks, port, told, largest_file)) for rank in range(ranks)
+    ]
     for process in processes:
         process.start()
     return processes
@@ -65,10 +66,77 @@ def state(config: TrainConfig) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def _run(config: TrainConfig, rank: int, ranks: int, port: int) -> None:
+def fails(config: TrainConfig, ranks: int = 1, largest_file: int | None = None) -> str:
+    """The message of the error that ends a run; with `largest_file`, no file may grow larger, in bytes."""
+    ours, theirs = _context.Pipe(duplex=False)
+    processes = start(config, ranks, theirs, largest_file)
+    assert ours.poll(120), "it does not fail"
+    for process in processes:
+        process.join(60)
+    return ours.recv()
+
+
+def steps(config: TrainConfig, ranks: int) -> None:
+    """Train on the same sequences whatever the number of ranks, and write the weights to OUT/weights.pt."""
+    port = _free_port()
+    processes = [_context.Process(target=_steps, args=(config, rank, ranks, port)) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def _run(config: TrainConfig, rank: int, ranks: int, port: int, told: Any, largest_file: int | None) -> None:
+    _as_torchrun_does(rank, ranks, port)
+    if largest_file is not None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    from trainer.train import train
+
+    try:
+        train(config)
+    except Exception as error:
+        if told is None:
+            raise
+        told.send(str(error))
+
+
+def _steps(config: TrainConfig, rank: int, ranks: int, port: int) -> None:
+    _as_torchrun_does(rank, ranks, port)
+    import torch
+
+    from trainer import checkpoint, data, objectives
+    from trainer import train as training
+
+    run = training._prepare(config, training.join(config))
+    whole = data.loader(
+        run.labels, batch=config.batch * ranks, context=run.context, columns=objectives.columns(run.objective)
+    )
+    mine = slice(rank * config.batch, (rank + 1) * config.batch)
+    progress = checkpoint.Progress()
+    for _ in range(config.max_steps or 0):
+        batches = [{name: values[mine] for name, values in next(whole).items()} for _ in range(config.accumulate)]
+        counts = torch.stack([objectives.count(run.objective, batch, run.labels.eos_id) for batch in batches])
+        step = training.Step(batches, counts, {}, 0.0)
+        together, _ = training._agree(run, step, training.Stop(), None)
+        progress, told = training._step(run, step, together, progress)
+    sums = run.ranks.total(told[:4].clone())
+    found = {name: checkpoint.whole(value.detach()) for name, value in run.network.named_parameters()}
+    if rank == 0:
+        config.out.mkdir()
+        torch.save(found | {"told": sums, "norm": told[4:]}, config.out / "weights.pt")
+    run.ranks.wait()
+    run.ranks.leave()
+
+
+def _as_torchrun_does(rank: int, ranks: int, port: int) -> None:
     if ranks > 1:
         given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         os.environ |= {name: str(value) for name, value in given.items()}
-    from trainer.train import train
-
-    train(config)
