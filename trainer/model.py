@@ -38,7 +38,7 @@ PRESETS = {
     "gpt2-1.3b": Preset(GPT2Config, layers=24, width=2048, heads=32, lr=2e-4),
     "llama-334m": Preset(LlamaConfig, layers=24, width=1024, heads=16, inner=2752),
     "llama-1.3b": Preset(LlamaConfig, layers=24, width=2048, heads=32, inner=5632, lr=2e-4),
-    "tiny": Preset(GPT2Config, layers=4, width=128, heads=4, context=256, lr=2e-3),
+    "tiny": Preset(GPT2Config, layers=4, width=128, heads=4, context=256, lr=3e-3),
 }
 
 

@@ -9,6 +9,7 @@ forward pass, because how many positions are chosen depends on how many could be
 """
 
 import math
+import os
 import resource
 import signal
 import threading
@@ -115,7 +116,10 @@ def _prepare(config: TrainConfig, ranks: Ranks) -> Run:
     labels = data.open_labels(config.dataset, config.labels)
     if config.precision == "tf32":
         torch.set_float32_matmul_precision("high")
-    torch.use_deterministic_algorithms(ranks.device.type == "cpu" or config.deterministic)
+    if ranks.device.type == "cpu" or config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a pass over every buffer; nothing here reads one
     network = model.build(config, labels)
     context = model.context(config)
     limits = [config.max_steps] if config.max_steps else []
@@ -316,7 +320,10 @@ def _held_out(run: Run, tell: Tell) -> list[Batch]:
 
 def _validate(run: Run, held: list[Batch]) -> dict[str, Any]:
     with _autocast(run):
-        return evaluate.validate(run.learner, held, run.ranks).model_dump()
+        found = evaluate.validate(run.learner, held, run.ranks).model_dump()
+    if isinstance(run.learner, FSDPModule):
+        run.learner.reshard()  # as a backward pass would have done
+    return found
 
 
 def _save(run: Run, saver: checkpoint.Saver | None, progress: Progress, place: dict[str, Any]) -> None:

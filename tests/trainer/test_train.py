@@ -1,5 +1,6 @@
 """Whole runs: killed and resumed, on several ranks, ended by signals and limits, refused."""
 
+import importlib.util
 import math
 import os
 import random
@@ -28,10 +29,10 @@ def configured(dataset, model, out, **options):
     return TrainConfig(dataset=str(dataset), out=out, **(given | options))
 
 
-@pytest.mark.parametrize("ranks, workers", [(1, 0), (1, 2), (2, 0)])
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, dataset, small_gpt2, ranks, workers):
+@pytest.mark.parametrize("ranks, workers, parallel", [(1, 0, "ddp"), (1, 2, "ddp"), (2, 0, "ddp"), (2, 0, "fsdp")])
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, dataset, small_gpt2, ranks, workers, parallel):
     """The model has dropout, so the random state counts too."""
-    whole = configured(dataset, small_gpt2, tmp_path / "whole", loader_workers=workers)
+    whole = configured(dataset, small_gpt2, tmp_path / "whole", loader_workers=workers, parallel=parallel)
     runs.run(whole, ranks)
     broken = whole.model_copy(update={"out": tmp_path / "broken"})
     for step in sorted(random.Random(ranks + workers).sample(range(1, STEPS), 3)):
@@ -58,7 +59,9 @@ def test_ranks_together_do_what_one_does(tmp_path, dataset, still_gpt2, objectiv
         torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=5e-6)
 
 
-@pytest.mark.parametrize("options", [{"checkpoint_activations": True}, {"compile": "on"}])
+@pytest.mark.parametrize(
+    "options", [{"checkpoint_activations": True}, pytest.param({"compile": "on"}, marks=pytest.mark.slow)]
+)
 def test_options_that_change_no_loss(tmp_path, dataset, still_gpt2, options):
     plain = configured(dataset, still_gpt2, tmp_path / "plain", max_steps=3)
     other = configured(dataset, still_gpt2, tmp_path / "other", max_steps=3, **options)
@@ -209,6 +212,28 @@ def test_a_damaged_checkpoint(tmp_path, dataset, still_gpt2):
         train(config)
     shutil.rmtree(runs.last(config))
     assert train(config).progress.step == 6
+
+
+def test_tensorboard_has_what_the_log_has(tmp_path, dataset, still_gpt2):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = configured(dataset, still_gpt2, tmp_path / "run", max_steps=5, tensorboard=True)
+    train(config)
+    train(config.model_copy(update={"max_steps": 10}))
+    board = EventAccumulator(str(config.out / "tensorboard")).Reload()
+    told = {name: [(r["step"], r[name]) for r in runs.log(config) if name in r] for name in ("loss", "nll_other")}
+    for name, tag in (("loss", "train/loss"), ("nll_other", "valid/nll_other")):
+        assert [(event.step, event.value) for event in board.Scalars(tag)] == [
+            (step, pytest.approx(value, rel=1e-5)) for step, value in told[name]
+        ]
+    assert len(told["loss"]) == 10 and len(told["nll_other"]) == 2
+
+
+def test_wandb_is_asked_for_by_name(tmp_path, dataset, still_gpt2):
+    if importlib.util.find_spec("wandb"):
+        pytest.skip("wandb is installed")
+    with pytest.raises(TrainingError, match="--wandb needs its package: pip install wandb"):
+        train(configured(dataset, still_gpt2, tmp_path / "run", wandb="project"))
 
 
 def test_a_small_dataset_may_have_no_document_to_hold_out(tmp_path, dataset, still_gpt2):
