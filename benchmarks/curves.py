@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     parser.add_argument("--out", type=Path, default=Path("curves.svg"))
     arguments = parser.parse_args()
-    plt.rcParams |= {"svg.hashsalt": "lacy", "font.size": 9}
+    plt.rcParams |= {"svg.hashsalt": "lacy", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9}
     figure, axes = plt.subplots(1, len(PANELS), figsize=(12, 3.4), layout="constrained")
     for run in arguments.runs:
         learnt, valid = validations(run)

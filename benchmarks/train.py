@@ -9,11 +9,13 @@ memory_vs_plain_loop  peak memory of the process with lacy (on a GPU: of the dev
 loader_vs_model       tokens/s of the loader alone over those of the model with lacy
 
 The text is random words of a Zipf distribution, made here; no figure depends on what they say. Rates are medians over
-steps and rounds; the rounds alternate between the sides. The last line is one JSON object.
+steps and rounds; the rounds alternate between the sides. On a CPU each side has one thread, by default: two that wait
+for each other on a busy machine measure the machine. The last line is one JSON object.
 """
 
 import argparse
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -28,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from tests.trainer.datasets import make
 
 SIDES = ("plain", "standard", "lacy")
-WARMUP = 2  # steps
+WARMUP = 1  # steps
 
 
 def main() -> None:
@@ -39,7 +41,8 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=32768)
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--compile", default="auto")
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--side", choices=[*SIDES, "loader"], help=argparse.SUPPRESS)
     parser.add_argument("--dataset", type=Path, help=argparse.SUPPRESS)
@@ -79,7 +82,9 @@ def told(entry: dict[str, float]) -> str:
 def run(side: str, options: argparse.Namespace) -> dict[str, Any]:
     names = ("model", "context", "batch", "vocabulary", "precision", "compile", "steps", "dataset")
     flags = [text for name in names for text in (f"--{name}", str(getattr(options, name)))]
-    done = subprocess.run([sys.executable, __file__, "--side", side, *flags], capture_output=True, text=True)
+    environment = os.environ | {name: str(options.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    command = [sys.executable, __file__, "--side", side, *flags]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         sys.exit(f"{side}: {done.stderr.strip().splitlines()[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -125,11 +130,11 @@ def plain(options: argparse.Namespace) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from trainer import data, model
+    from trainer import model, shards
 
     with tempfile.TemporaryDirectory() as out:
         config = settings(options, out, "standard")
-    labels = data.open_labels(config.dataset, None)
+    labels = shards.open_labels(config.dataset, None)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     bf16 = model.precision(config, device) == "bf16"
     network = AutoModelForCausalLM.from_config(model.build(config, labels).config, attn_implementation="sdpa")
@@ -157,10 +162,10 @@ def plain(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def loader_alone(options: argparse.Namespace) -> dict[str, Any]:
-    from trainer import data
+    from trainer import shards
 
     config = settings(options, ".", "lacy")
-    batches = iter(stream(config, data.open_labels(config.dataset, None), "lacy"))
+    batches = iter(stream(config, shards.open_labels(config.dataset, None), "lacy"))
     for _ in range(WARMUP):
         next(batches)
     began, tokens = time.perf_counter(), 0

@@ -78,14 +78,14 @@ def take(
             _keep(moments, f"{moment}.{name}", optimizer.state[parameter][moment], ranks)
     if ranks.device.type == "cuda":
         torch.cuda.synchronize()
-    mine = {"loader": loader, "random": random_state(ranks.device)}
+    mine = {"loader": loader, "random": _random_state(ranks.device)}
     return Snapshot(progress, ranks.gathered(mine), weights, moments)
 
 
 def restore(
     path: Path, network: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks
-) -> tuple[Progress, dict[str, Any], dict[str, str]]:
-    """Load weights and moments in place; returns the progress, and this rank's place in the data and random state.
+) -> tuple[Progress, dict[str, Any]]:
+    """Load weights, moments and random state in place; returns the progress, and this rank's place in the data.
 
     Raises TrainingError for a damaged checkpoint, or one of another number of ranks.
     """
@@ -116,7 +116,8 @@ def restore(
         raise TrainingError(
             f"{path} is damaged ({reason}): remove it, and --resume goes on from the one before"
         ) from None
-    return progress, mine["loader"], mine["random"]
+    _set_random_state(mine["random"], ranks.device)
+    return progress, mine["loader"]
 
 
 class Saver:
@@ -211,15 +212,14 @@ def _fill(target: torch.Tensor, value: torch.Tensor) -> None:
     target.copy_(value)
 
 
-def random_state(device: torch.device) -> dict[str, str]:
-    """Of torch's generators, in text."""
+def _random_state(device: torch.device) -> dict[str, str]:
     states = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
     return {name: base64.b64encode(state.numpy().tobytes()).decode() for name, state in states.items()}
 
 
-def set_random_state(states: dict[str, str], device: torch.device) -> None:
+def _set_random_state(states: dict[str, str], device: torch.device) -> None:
     tensors = {
         name: torch.frombuffer(bytearray(base64.b64decode(state)), dtype=torch.uint8) for name, state in states.items()
     }

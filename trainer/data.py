@@ -14,53 +14,29 @@ and permutes the documents in it, while a thread fills the next buffer. Which un
 records of the parts alone, so a place in the stream is three numbers: epoch, buffer, and token in the buffer.
 """
 
-import json
 import math
 import multiprocessing
-import time
+import os
+import threading
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from hashlib import blake2b
-from pathlib import Path
-from typing import Any, Final, TypeVar, cast
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
-from upath import UPath
 
-from schemas.codes import LABELS as LABEL_NAMES
-from schemas.codes import LEARN
-from schemas.files import sha256
-from schemas.manifest import DatasetError, LabelRecord, LabelSet, Manifest, label_sets, labels_path, read_complete
-from schemas.parts import LABELS
+from schemas.manifest import DatasetError
+from trainer import shards
+from trainer.shards import COLUMNS, Arrays, Documents, Labels
 
 STATE_VERSION: Final = 1
-DEFAULT_LABELS: Final = "lacy"
 BUFFER_TOKENS: Final = 4_000_000
 UNITS: Final = 8  # for each slot, at least, so that slots get about as many tokens
 EMPTY_EPOCHS: Final = 3  # without a document to learn from, before a slot gives up
-ATTEMPTS: Final = 4  # to read a file
-BACK_OFF = 0.5  # seconds before the second attempt; doubles
-
-# What stands at an end token.
-COLUMNS: Final = {
-    "label": np.array(LEARN, np.int8),
-    "factual": np.array(False),
-    "ref_nll": np.array(np.nan, np.float32),
-    "judge": np.array(np.nan, np.float32),
-}
-_LASTING: Final = (PermissionError, NotADirectoryError, IsADirectoryError, ImportError, ValueError)
-_REMEDIES: Final = {
-    "ref_nll": "it was labelled without a reference model: lacy label with --reference, into a new folder",
-    "judge": "it was labelled without a judge: lacy label with --judge, into a new folder",
-}
 
 _GEOMETRY: Final = {
     "seed": "seed {}",
@@ -73,62 +49,11 @@ _GEOMETRY: Final = {
     "rank": "rank {}",
 }
 
-Arrays = dict[str, np.ndarray]
 T = TypeVar("T")
 
 
 class NothingHeldOutError(DatasetError):
     """There is no document to validate on."""
-
-
-@dataclass(frozen=True)
-class Labels:
-    """A label set to learn from."""
-
-    root: Path  # of the dataset; a UPath, which has the same methods, in an object store
-    name: str
-    records: tuple[LabelRecord, ...] = field(repr=False)  # parts with documents, in corpus order
-    tokens: int
-    call_id: int
-    eos_id: int
-    eos_token: str
-    vocab_size: int  # the largest id of the tokenizer, and one
-    tokenizer_json: bytes = field(repr=False)
-    tokenizer_config: dict[str, Any] = field(repr=False)
-    fingerprint: str  # of the tokenizer and the bytes of all parts
-
-
-def open_labels(dataset: str, labels: str | None) -> Labels:
-    """The label set `labels` of a folder or URL; None takes DEFAULT_LABELS where there is one, else the first by name.
-
-    Raises DatasetError when there is none, when it does not cover the dataset, or when the dataset's tokenizer is not
-    the one that it was labelled with or lacks <CALL> or an end token.
-    """
-    remote = "://" in dataset
-    root = _patiently(lambda: cast(Path, UPath(dataset)) if remote else Path(dataset).absolute(), dataset)
-    manifest = _patiently(lambda: read_complete(root), dataset)
-    found = _pick(dataset, _patiently(lambda: label_sets(root), dataset), labels)
-    _covers(dataset, manifest, found)
-    records = tuple(record for record in found.parts if record.rows)
-    content, settings, eos_token = _tokenizer_files(root, manifest)
-    eos_id, vocab_size = _vocabulary(root, content, eos_token)
-    call_id = manifest.tokenizer.get("call_id")
-    if not isinstance(call_id, int) or not 0 <= call_id < vocab_size:
-        raise DatasetError(f"the tokenizer of {dataset} has no <CALL>: label the corpus again, into a new folder")
-    identity = [manifest.tokenizer["sha256"], *((record.name, record.sha256) for record in records)]
-    return Labels(
-        root=root,
-        name=found.name,
-        records=records,
-        tokens=sum(record.tokens for record in records),
-        call_id=call_id,
-        eos_id=eos_id,
-        eos_token=eos_token,
-        vocab_size=vocab_size,
-        tokenizer_json=content,
-        tokenizer_config=settings,
-        fingerprint=sha256(json.dumps(identity).encode()),
-    )
 
 
 def loader(
@@ -156,7 +81,7 @@ def loader(
 
     Raises DatasetError when the shards lack a column, or when there are fewer documents than slots.
     """
-    _require(labels, columns)
+    shards.require(labels, columns)
     slots = ranks * max(1, workers)
     units = int(_cuts(labels, slots).sum())
     if units < slots:
@@ -189,7 +114,7 @@ def held_out(
     keep the batches rather than asking again. Raises DatasetError as `loader` does, and NothingHeldOutError, both
     from the iterator too.
     """
-    _require(labels, columns)
+    shards.require(labels, columns)
     rows = batch * ranks
     return (
         {name: _tensor(np.ascontiguousarray(values[rank::ranks])) for name, values in found.items()}
@@ -224,6 +149,7 @@ class Stream:
                 num_workers=share.workers,
                 collate_fn=_as_it_is,
                 multiprocessing_context=context,
+                worker_init_fn=_end_with_parent,
                 generator=torch.Generator(),  # not the global one, which this would draw from
             )
 
@@ -243,11 +169,12 @@ class Stream:
             worker, epoch, arrays = next(self._batches)
         except DatasetError as error:  # torch puts the traceback of a worker in front
             failure = str(error).strip().rpartition("DatasetError: ")[2]
+            error.__traceback__ = None  # in a cycle with a frame of torch, it would keep the workers alive
         except RuntimeError as error:
             if "exited unexpectedly" not in str(error):
                 raise
             failure = "a loader worker was killed, perhaps for want of memory: use fewer workers or smaller buffers"
-        if failure:  # raised here, it holds no reference to the iterator, which must go for its workers to end
+        if failure:  # raised out here, its context does not keep them alive either
             raise DatasetError(failure)
         self._epochs[worker] = epoch
         return {name: _tensor(values) for name, values in arrays.items()}
@@ -298,18 +225,6 @@ class _Share(IterableDataset):
     def geometry(self) -> dict[str, Any]:
         """All that decides which batch comes when."""
         return {"fingerprint": self.labels.fingerprint} | {name: getattr(self, name) for name in _GEOMETRY}
-
-
-@dataclass(frozen=True)
-class _Documents:
-    """D documents one after the other, each with its end token in front.
-
-    lengths  (D,) int64, tokens with the end token
-    arrays   "ids" and columns, each (sum of lengths,)
-    """
-
-    lengths: np.ndarray
-    arrays: Arrays
 
 
 @dataclass(frozen=True)
@@ -417,15 +332,15 @@ class _Slot:
             first, before = last + 1, float(ends[last])
         return plan
 
-    def _read(self, part: int, cuts: list[int]) -> _Documents:
+    def _read(self, part: int, cuts: list[int]) -> Documents:
         share = self._share
         record = share.labels.records[part]
-        with _opened(share.labels, record) as file:
+        with shards.opened(share.labels, record) as file:
             rows = np.arange(file.metadata.num_rows)
             wanted = np.isin(rows % self._cuts[part], cuts)
             if share.holdout:
-                wanted &= ~_is_held(file, share.holdout)
-            return _documents(share.labels, file, rows[wanted], ("ids", *share.columns))
+                wanted &= ~shards.is_held(file, share.holdout)
+            return shards.documents(share.labels, file, rows[wanted], ("ids", *share.columns))
 
 
 def _cuts(labels: Labels, slots: int) -> np.ndarray:
@@ -458,10 +373,10 @@ def _packed(
     count = 0
     found = False
     for record in labels.records:
-        with _opened(labels, record) as file:
-            rows = np.flatnonzero(_is_held(file, holdout))
-            documents = _documents(labels, file, rows, names) if len(rows) else None
-        if documents is None:
+        with shards.opened(labels, record) as file:
+            rows = np.flatnonzero(shards.is_held(file, holdout))
+            documents = shards.documents(labels, file, rows, names) if len(rows) else None
+        if documents is None or not len(documents.lengths):
             continue
         found = True
         waiting.append(documents.arrays)
@@ -499,113 +414,8 @@ def _joined(pieces: list[Arrays]) -> Arrays:
 
 
 def _permuted(lengths: np.ndarray, arrays: list[Arrays], order: np.ndarray) -> Arrays:
-    index = _index((np.cumsum(lengths) - lengths)[order], lengths[order])
+    index = shards.runs((np.cumsum(lengths) - lengths)[order], lengths[order])
     return {name: values.take(index) for name, values in _joined(arrays).items()}
-
-
-def _index(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """The places of runs of tokens, one after the other: int64 (sum of lengths,)."""
-    ends = np.cumsum(lengths)
-    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - lengths), lengths)
-
-
-@contextmanager
-def _opened(labels: Labels, record: LabelRecord) -> Iterator[pq.ParquetFile]:
-    """A part, read once and checked against its record."""
-    path = labels_path(labels.root, labels.name, record.name)
-    again = f"lacy check says what else is damaged, lacy decide --name {labels.name} writes the labels again"
-    try:
-        data = _patiently(path.read_bytes, str(path))
-    except FileNotFoundError:
-        raise DatasetError(f"{path} is missing: {again}") from None
-    if sha256(data) != record.sha256:
-        raise DatasetError(f"{path} is not the file that was written, its checksum differs: {again}")
-    try:
-        yield pq.ParquetFile(pa.BufferReader(data))
-    except (pa.ArrowException, OSError) as error:
-        raise DatasetError(f"{path} is no Parquet file that can be read ({_line(error)}): {again}") from None
-    except _PartError as error:
-        raise DatasetError(f"{path}: {error}: {again}") from None
-
-
-class _PartError(Exception):
-    """What is wrong with a part."""
-
-
-def _documents(labels: Labels, file: pq.ParquetFile, rows: np.ndarray, names: tuple[str, ...]) -> _Documents:
-    """The documents of some rows; those without a token are left out."""
-    lists = _lists(file, names)
-    offsets = lists["ids"].offsets.to_numpy()
-    for name, values in lists.items():
-        if not np.array_equal(values.offsets.to_numpy(), offsets):
-            raise _PartError(f"lists of {_column(name)} are not as long as those of token_ids")
-    arrays = {name: values.values.to_numpy(zero_copy_only=False) for name, values in lists.items()}
-    ids = arrays["ids"]
-    if len(ids) and not 0 <= ids.min() <= ids.max() < labels.vocab_size:
-        raise _PartError(f"a token id is not one of the tokenizer's {labels.vocab_size}")
-    if (ids == labels.call_id).any():
-        raise _PartError("<CALL> stands among the tokens")
-    if len(ids) and "label" in arrays and not 0 <= arrays["label"].min() <= arrays["label"].max() < len(LABEL_NAMES):
-        raise _PartError("a label is none of " + ", ".join(LABEL_NAMES))
-    rows = rows[np.diff(offsets)[rows] > 0]
-    lengths = np.diff(offsets)[rows].astype(np.int64) + 1
-    index = _index(offsets[rows] - 1, lengths)
-    ends = COLUMNS | {"ids": np.array(labels.eos_id, np.int32)}
-    firsts = np.cumsum(lengths) - lengths
-    for name, values in arrays.items():
-        arrays[name] = values.take(index, mode="clip")  # the end token of the first document is at -1
-        arrays[name][firsts] = ends[name]
-    return _Documents(lengths, arrays)
-
-
-def _lists(file: pq.ParquetFile, names: Iterable[str]) -> dict[str, pa.ListArray]:
-    for name in names:
-        column = _column(name)
-        if column not in file.schema_arrow.names:
-            raise _PartError(f"it has no column {column}")
-        if file.schema_arrow.field(column).type != LABELS.field(column).type:
-            raise _PartError(f"its column {column} is {file.schema_arrow.field(column).type}")
-    table = file.read([_column(name) for name in names], use_threads=False)
-    found = {name: table[_column(name)].combine_chunks() for name in names}
-    for name, values in found.items():
-        may_lack = name in ("ref_nll", "judge")
-        if values.null_count or (values.values.null_count and not may_lack):
-            raise _PartError(f"{_column(name)} has nulls")
-    return found
-
-
-def _column(name: str) -> str:
-    return "token_ids" if name == "ids" else name
-
-
-def _is_held(file: pq.ParquetFile, holdout: float) -> np.ndarray:
-    """(rows,) bool. A document is held out by its id alone, whatever the seed, its part and the other documents."""
-    if "doc_id" not in file.schema_arrow.names:
-        raise _PartError("it has no column doc_id")
-    ids = file.read(["doc_id"], use_threads=False)["doc_id"].to_pylist()
-    digests = b"".join(blake2b(name.encode(), digest_size=8).digest() for name in ids)
-    return np.frombuffer(digests, ">u8") < holdout * 2.0**64
-
-
-def _require(labels: Labels, columns: Collection[str]) -> None:
-    """Raises DatasetError when the shards have nothing in a column, by the first part that could."""
-    unknown = set(columns) - COLUMNS.keys()
-    if unknown:
-        raise ValueError(f"no such columns: {', '.join(sorted(unknown))}")
-    asked = [name for name in _REMEDIES if name in columns]
-    record = next((record for record in labels.records if record.tokens > record.rows), None)
-    if not asked or record is None:
-        return
-    with _opened(labels, record) as file:
-        for name in asked:
-            present = name in file.schema_arrow.names
-            if not present or (name == "ref_nll" and _is_void(file, name)):
-                raise DatasetError(f"{labels.root} has no {name}: {_REMEDIES[name]}")
-
-
-def _is_void(file: pq.ParquetFile, name: str) -> bool:
-    values = _lists(file, [name])[name].values
-    return bool(values.null_count == len(values))
 
 
 def _same_stream(state: dict[str, Any], now: dict[str, Any]) -> None:
@@ -630,84 +440,16 @@ def _same_stream(state: dict[str, Any], now: dict[str, Any]) -> None:
             )
 
 
-def _pick(dataset: str, sets: dict[str, LabelSet], asked: str | None) -> LabelSet:
-    if not sets:
-        raise DatasetError(f"{dataset} has no labels: lacy decide makes them")
-    if asked is None:
-        asked = DEFAULT_LABELS if DEFAULT_LABELS in sets else next(iter(sets))
-    if asked not in sets:
-        raise DatasetError(f"{dataset} has no label set {asked!r}: it has {', '.join(sets)}; lacy decide makes others")
-    return sets[asked]
+def _end_with_parent(_: int) -> None:
+    """In a worker: torch watches the process that forked it: here the server, which survives a killed run."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "a worker has a parent"
 
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
 
-def _covers(dataset: str, manifest: Manifest, labels: LabelSet) -> None:
-    """Raises DatasetError when the labels are not those of the manifest's documents, or when there is none."""
-    wanted = {record.name: (record.rows, record.tokens) for record in manifest.parts if record.rows}
-    found = {record.name: (record.rows, record.tokens) for record in labels.parts if record.rows}
-    if wanted != found:
-        wrong = sum(wanted.get(name) != found.get(name) for name in wanted.keys() | found.keys())
-        raise DatasetError(
-            f"label set {labels.name!r} does not fit {dataset}, {wrong} parts differ: "
-            f"lacy decide --name {labels.name} writes it again"
-        )
-    if not wanted:
-        raise DatasetError(f"{dataset} has no document to learn from: label a corpus that has some")
-
-
-def _tokenizer_files(root: Path, manifest: Manifest) -> tuple[bytes, dict[str, Any], str]:
-    """tokenizer.json, tokenizer_config.json, and the end token that it names."""
-    folder = root / "tokenizer"
-    again = "copy the whole dataset again, or label the corpus again, into a new folder"
-    try:
-        content = _patiently((folder / "tokenizer.json").read_bytes, str(folder))
-        if sha256(content) != manifest.tokenizer.get("sha256"):
-            raise DatasetError(f"{folder}/tokenizer.json is not the tokenizer of the manifest: {again}")
-        settings = json.loads(_patiently((folder / "tokenizer_config.json").read_bytes, str(folder)))
-        eos = settings.get("eos_token")
-    except FileNotFoundError as error:
-        raise DatasetError(f"{folder} is incomplete ({_line(error)}): {again}") from None
-    except (ValueError, AttributeError):
-        raise DatasetError(f"{folder}/tokenizer_config.json is damaged: {again}") from None
-    if isinstance(eos, dict):
-        eos = eos.get("content")
-    if not isinstance(eos, str):
-        raise DatasetError(f"{folder} names no eos_token, which parts documents: label with a tokenizer that has one")
-    return content, settings, eos
-
-
-def _vocabulary(root: Path, content: bytes, eos_token: str) -> tuple[int, int]:
-    """The end token's id, and the vocabulary's size."""
-    from tokenizers import Tokenizer
-
-    try:
-        vocabulary = Tokenizer.from_str(content.decode()).get_vocab(with_added_tokens=True)
-    except Exception as error:  # the library raises nothing narrower
-        raise DatasetError(f"{root}/tokenizer/tokenizer.json cannot be read: {_line(error)}") from None
-    if eos_token not in vocabulary:
-        raise DatasetError(
-            f"the end token {eos_token!r} is not in the tokenizer of {root}: label with a tokenizer that has it"
-        )
-    return vocabulary[eos_token], max(vocabulary.values()) + 1
-
-
-def _patiently(read: Callable[[], T], what: str) -> T:
-    """Read, ATTEMPTS times where a store fails. Raises DatasetError; FileNotFoundError as it comes."""
-    for attempt in range(ATTEMPTS):
-        if attempt:
-            time.sleep(BACK_OFF * 2 ** (attempt - 1))
-        try:
-            return read()
-        except (DatasetError, FileNotFoundError):
-            raise
-        except Exception as error:  # every store has exceptions of its own
-            reason = _line(error)
-            if isinstance(error, _LASTING):
-                break
-    raise DatasetError(f"{what} cannot be read: {reason}")
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    threading.Thread(target=watch, name="watch", daemon=True).start()
 
 
 def _as_it_is(batch: T) -> T:

@@ -15,9 +15,9 @@ from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 
 from trainer import head
 from trainer.config import TrainConfig, TrainingError
-from trainer.data import Labels
 from trainer.head import Measures, Stats
 from trainer.ranks import Ranks
+from trainer.shards import Labels
 
 ROUND_TO = 64  # rows of the vocabulary: matrix products are faster
 

@@ -26,14 +26,14 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from transformers.modeling_utils import PreTrainedModel
 
-from trainer import checkpoint, data, evaluate, model, objectives, optimizer
+from trainer import checkpoint, data, evaluate, model, objectives, optimizer, shards
 from trainer import config as configuration
 from trainer.checkpoint import Progress
 from trainer.config import TrainConfig, TrainingError
-from trainer.data import Labels
 from trainer.logs import Log
 from trainer.objectives import Objective
 from trainer.ranks import Ranks, join
+from trainer.shards import Labels
 
 PEAK_FLOPS = {  # dense bf16 of one GPU, by a word of its name
     "B200": 2250e12,
@@ -113,13 +113,14 @@ def train(config: TrainConfig, tell: Tell | None = None) -> Outcome:
 
 
 def _prepare(config: TrainConfig, ranks: Ranks) -> Run:
-    labels = data.open_labels(config.dataset, config.labels)
+    labels = shards.open_labels(config.dataset, config.labels)
     if config.precision == "tf32":
         torch.set_float32_matmul_precision("high")
     if ranks.device.type == "cpu" or config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # a pass over every buffer; nothing here reads one
+        # Else every new buffer is filled first, and nothing here reads one before it is written.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     network = model.build(config, labels)
     context = model.context(config)
     limits = [config.max_steps] if config.max_steps else []
@@ -143,9 +144,9 @@ def _prepare(config: TrainConfig, ranks: Ranks) -> Run:
 def _go(run: Run, stop: Stop, tell: Tell) -> Outcome:
     config, ranks = run.config, run.ranks
     stream = _loader(run)
-    progress, random, saved = Progress(), None, None
+    progress, saved = Progress(), None
     if resumed := checkpoint.newest(config.out):
-        progress, loader, random = checkpoint.restore(resumed, run.network, run.optimizer, ranks)
+        progress, loader = checkpoint.restore(resumed, run.network, run.optimizer, ranks)
         stream.load_state_dict(loader)
         saved = progress.step
     saver = log = None
@@ -159,9 +160,6 @@ def _go(run: Run, stop: Stop, tell: Tell) -> Outcome:
     place: dict[str, Any] | None = None
     try:
         for step in _steps(run, stream):
-            if random is not None:
-                checkpoint.set_random_state(random, ranks.device)  # the loader has drawn its seed by now
-                random = None
             counts, ended = _agree(run, step, stop, saver)
             if ended or _done(run, progress) >= 1:
                 break

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GraniteConfig, LlamaConfig
 
-from trainer import data, model
+from trainer import model, shards
 from trainer.config import TrainConfig, TrainingError
 from trainer.model import PRESETS, build
 from trainer.train import train
@@ -15,7 +15,7 @@ from trainer.train import train
 
 @pytest.fixture(scope="module")
 def labels(dataset):
-    return data.open_labels(str(dataset), None)
+    return shards.open_labels(str(dataset), None)
 
 
 def configured(tmp_path, **options):
