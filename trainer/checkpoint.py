@@ -111,7 +111,7 @@ def restore(
                     entry[moment] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
                     _fill(entry[moment], moments.get_tensor(f"{moment}.{name}"))
                 optimizer.state[parameter] = entry
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise TrainingError(
             f"{path} is damaged ({reason}): remove it, and --resume goes on from the one before"

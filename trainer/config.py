@@ -83,10 +83,12 @@ class TrainConfig(BaseModel):
     def _consistent(self) -> Self:
         if self.precision == "tf32" and self.device == "cpu":
             raise ValueError("--precision tf32 is for GPUs")
+        if self.mask_documents and self.dropout:
+            raise ValueError("--dropout with --mask-documents: attention within documents has none")
         return self
 
 
-# What may differ when a run is resumed: nothing in it changes a step that both runs take.
+# What may differ when a run is resumed. The limits are among them, though they bend the learning rate's schedule.
 FREE = frozenset(
     {
         "dataset",

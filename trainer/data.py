@@ -17,11 +17,13 @@ records of the parts alone, so a place in the stream is three numbers: epoch, bu
 import math
 import multiprocessing
 import os
+import signal
 import threading
 import warnings
 from collections.abc import Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from typing import Any, Final, TypeVar
 
 import numpy as np
@@ -117,7 +119,7 @@ def held_out(
     shards.require(labels, columns)
     rows = batch * ranks
     return (
-        {name: _tensor(np.ascontiguousarray(values[rank::ranks])) for name, values in found.items()}
+        {name: torch.from_numpy(np.ascontiguousarray(values[rank::ranks])) for name, values in found.items()}
         for arrays, real in _packed(labels, ("ids", *columns), rows * context, holdout, max_tokens)
         for found in [_sequences(arrays, context, labels.eos_id, positions) | {"real": real.reshape(rows, context)}]
     )
@@ -126,7 +128,7 @@ def held_out(
 class Stream:
     """Micro-batches without end, and the place in them.
 
-    A batch is a dict of tensors, pinned where there is a GPU: "ids" (B, T + 1) int32; for the targets ids[:, 1:], each
+    A batch is a dict of tensors: "ids" (B, T + 1) int32; for the targets ids[:, 1:], each
     column of COLUMNS that was asked for, (B, T): "label" int8, "factual" bool, "ref_nll" float32 and "judge" float32,
     NaN where there is none; and "positions" (B, T) int64 of the inputs ids[:, :-1]. `next` raises DatasetError for
     damaged or unreadable parts.
@@ -165,7 +167,7 @@ class Stream:
         failure = ""
         try:
             if self._batches is None:
-                self._batches = iter(self._loader)
+                self._batches = self._begin()
             worker, epoch, arrays = next(self._batches)
         except DatasetError as error:  # torch puts the traceback of a worker in front
             failure = str(error).strip().rpartition("DatasetError: ")[2]
@@ -177,7 +179,16 @@ class Stream:
         if failure:  # raised out here, its context does not keep them alive either
             raise DatasetError(failure)
         self._epochs[worker] = epoch
-        return {name: _tensor(values) for name, values in arrays.items()}
+        return {name: torch.from_numpy(values) for name, values in arrays.items()}
+
+    def _begin(self) -> Iterator[tuple[int, float, Arrays]]:
+        """Start the workers, deaf to the signals that a group of processes is stopped by: the first process decides."""
+        resource_tracker.ensure_running()  # which would let them through again
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+        try:
+            return iter(self._loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def state_dict(self) -> dict[str, Any]:
         """The place behind the last batch taken, whatever workers have read ahead; plain JSON."""
@@ -455,8 +466,3 @@ def _end_with_parent(_: int) -> None:
 def _as_it_is(batch: T) -> T:
     """Arrays cross from a worker as they are: torch would open a connection for each tensor."""
     return batch
-
-
-def _tensor(values: np.ndarray) -> torch.Tensor:
-    tensor = torch.from_numpy(values)
-    return tensor.pin_memory() if torch.cuda.is_available() else tensor

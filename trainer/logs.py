@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from schemas.files import write_atomic
+from schemas.files import sha256, write_atomic
 from trainer.config import TrainConfig, TrainingError
 
 
@@ -76,4 +76,5 @@ def _wandb(config: TrainConfig) -> Any:
     except ImportError:
         raise TrainingError("--wandb needs its package: pip install wandb") from None
     settings = config.model_dump(mode="json")
-    return wandb.init(project=config.wandb, name=config.out.name, id=config.out.name, resume="allow", config=settings)
+    identity = sha256(str(config.out.absolute()).encode())[:16]
+    return wandb.init(project=config.wandb, name=config.out.name, id=identity, resume="allow", config=settings)

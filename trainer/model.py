@@ -1,7 +1,7 @@
 """The small model: a Hugging Face architecture, from a preset or a folder, and how it is laid over devices."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -107,13 +107,15 @@ def place(network: PreTrainedModel, call_id: int, config: TrainConfig, ranks: Ra
     if ranks.count == 1:
         return learner
     if config.parallel == "ddp":
-        return DistributedDataParallel(learner, device_ids=[ranks.device] if ranks.device.type == "cuda" else None)
+        device_ids = [ranks.device] if ranks.device.type == "cuda" else None
+        return DistributedDataParallel(learner, device_ids=device_ids, gradient_as_bucket_view=True)
     narrow = torch.bfloat16 if precision(config, ranks.device) == "bf16" else None
     policy = MixedPrecisionPolicy(param_dtype=narrow, reduce_dtype=torch.float32 if narrow else None)
     mesh = init_device_mesh(ranks.device.type, (ranks.count,))
     for block in blocks(network):
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(learner, mesh=mesh, mp_policy=policy)
+    # The learner's one input of floats is a gradient that `head.project` is promised: to be kept as it is.
+    fully_shard(learner, mesh=mesh, mp_policy=replace(policy, cast_forward_inputs=False))
     return learner
 
 
@@ -121,7 +123,7 @@ def precision(config: TrainConfig, device: torch.device) -> str:
     """fp32, tf32 or bf16."""
     if config.precision != "auto":
         return config.precision
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
 
 
 def context(config: TrainConfig) -> int:
@@ -296,6 +298,7 @@ def _attend(
             enable_gqa=grouped,
         )
     else:
+        query, key = query.to(value.dtype), key.to(value.dtype)  # rotated in float32 under autocast
         out = _flex(query, key, value, block_mask=documents, scale=scaling, enable_gqa=grouped)
     return out.transpose(1, 2).contiguous(), None
 
@@ -305,7 +308,10 @@ def _documents(positions: torch.Tensor) -> Any:
     document = (positions == 0).cumsum(1)  # (B, T)
     rows, length = positions.shape
     if positions.device.type == "cuda":
-        from torch.nn.attention.flex_attention import create_block_mask
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        global _flex
+        _flex = _flex or torch.compile(flex_attention)  # here, as blocks that are compiled must find it made
 
         def within(b: Any, h: Any, q: Any, k: Any) -> Any:
             return (q >= k) & (document[b, q] == document[b, k])
@@ -315,15 +321,6 @@ def _documents(positions: torch.Tensor) -> Any:
     return torch.tril(same)[:, None]
 
 
-def _flex(*arguments: torch.Tensor, **options: Any) -> torch.Tensor:
-    global _compiled_flex
-    if _compiled_flex is None:
-        from torch.nn.attention.flex_attention import flex_attention
-
-        _compiled_flex = torch.compile(flex_attention)
-    return _compiled_flex(*arguments, **options)
-
-
-_compiled_flex: Any = None
+_flex: Any = None
 ATTENTION = "lacy"
 AttentionInterface.register(ATTENTION, _attend)

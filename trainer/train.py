@@ -42,6 +42,7 @@ PEAK_FLOPS = {  # dense bf16 of one GPU, by a word of its name
     "H100": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
+    "L40": 181e12,
     "L4": 121e12,
     "4090": 165e12,
 }
@@ -105,11 +106,10 @@ def train(config: TrainConfig, tell: Tell | None = None) -> Outcome:
     end the run after the step in hand, with a checkpoint. Raises TrainingError and DatasetError.
     """
     ranks = join(config)
-    try:
-        with _stoppable() as stop:
-            return _go(_prepare(config, ranks), stop, tell if tell and ranks.first else _nobody)
-    finally:
-        ranks.leave()
+    with _stoppable() as stop:
+        outcome = _go(_prepare(config, ranks), stop, tell if tell and ranks.first else _nobody)
+    ranks.leave()  # not after an error: others may be waiting for this rank, and end when its process does
+    return outcome
 
 
 def _prepare(config: TrainConfig, ranks: Ranks) -> Run:
@@ -122,6 +122,7 @@ def _prepare(config: TrainConfig, ranks: Ranks) -> Run:
         # Else every new buffer is filled first, and nothing here reads one before it is written.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     network = model.build(config, labels)
+    torch.manual_seed(config.seed + ranks.rank)  # of dropout
     context = model.context(config)
     limits = [config.max_steps] if config.max_steps else []
     if config.epochs or not (config.max_steps or config.gt_tokens):
@@ -145,7 +146,10 @@ def _go(run: Run, stop: Stop, tell: Tell) -> Outcome:
     config, ranks = run.config, run.ranks
     stream = _loader(run)
     progress, saved = Progress(), None
-    if resumed := checkpoint.newest(config.out):
+    resumed = checkpoint.newest(config.out)
+    if len(set(ranks.gathered(resumed and resumed.name))) > 1:
+        raise TrainingError(f"ranks see different checkpoints in {config.out}: all machines must share that folder")
+    if resumed:
         progress, loader = checkpoint.restore(resumed, run.network, run.optimizer, ranks)
         stream.load_state_dict(loader)
         saved = progress.step
@@ -182,6 +186,7 @@ def _go(run: Run, stop: Stop, tell: Tell) -> Outcome:
                 _save(run, saver, progress, step.place)
                 saved = progress.step
         if place is not None and saved != progress.step:
+            _told(run, told, progress)  # raises for what is not worth saving
             _save(run, saver, progress, place)
         if saver is not None:
             saver.wait()
@@ -241,9 +246,7 @@ def _steps(run: Run, stream: data.Stream) -> Iterator[Step]:
     def fetch() -> Step:
         mine = [next(batches) for _ in range(run.config.accumulate)]
         return Step(
-            batches=[
-                {name: values.to(run.ranks.device, non_blocking=True) for name, values in b.items()} for b in mine
-            ],
+            batches=[{name: _moved(values, run.ranks.device) for name, values in batch.items()} for batch in mine],
             counts=torch.stack([objectives.count(run.objective, batch, run.labels.eos_id) for batch in mine]),
             place=stream.state_dict(),
             epoch=stream.epoch,
@@ -253,6 +256,11 @@ def _steps(run: Run, stream: data.Stream) -> Iterator[Step]:
     while True:
         now, ahead = ahead, fetch()
         yield now
+
+
+def _moved(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """On its way to the device."""
+    return values if device.type == "cpu" else values.pin_memory().to(device, non_blocking=True)
 
 
 def _agree(run: Run, step: Step, stop: Stop, saver: checkpoint.Saver | None) -> tuple[list[list[int]], bool]:
@@ -325,6 +333,8 @@ def _validate(run: Run, held: list[Batch]) -> dict[str, Any]:
 
 
 def _save(run: Run, saver: checkpoint.Saver | None, progress: Progress, place: dict[str, Any]) -> None:
+    if saver is not None:
+        saver.join()  # so that there is one snapshot in memory at a time
     snapshot = checkpoint.take(progress, place, run.network, run.optimizer, run.ranks)
     if saver is not None:
         saver.start(snapshot)
@@ -412,7 +422,7 @@ def _peak_flops(device: torch.device) -> float | None:
 
 @contextmanager
 def _stoppable() -> Iterator[Stop]:
-    """SIGTERM and SIGINT are noted; a second one does what it always did."""
+    """SIGTERM and SIGINT are noted. A second ctrl-c is not: schedulers send SIGTERM twice, people mean it."""
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
@@ -421,7 +431,8 @@ def _stoppable() -> Iterator[Stop]:
 
     def note(number: int, _: Any) -> None:
         stop.signal = number
-        signal.signal(number, before[signal.Signals(number)])
+        if number == signal.SIGINT:
+            signal.signal(number, before[signal.SIGINT])
 
     for number in before:
         signal.signal(number, note)

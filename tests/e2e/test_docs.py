@@ -76,6 +76,7 @@ def as_here(command: str) -> str:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_commands_of_a_page(workplace, ran, page):
+    run(workplace, "rm -rf run run-*")
     found = commands(page)
     needs_tokenizer = any("my-tokenizer" in command for command in found)
     if needs_tokenizer:  # the page trains it after it is first named

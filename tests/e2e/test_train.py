@@ -58,14 +58,17 @@ def test_what_it_refuses(tmp_path, dataset):
 
 
 def test_a_signal(tmp_path, dataset):
-    command = [LACY, "train", dataset, "--out", tmp_path / "run", "--max-steps", 100_000, "--log-every", 1, *SMALL]
-    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
+    """To the whole group of processes, twice, as torchrun and schedulers send it; loader workers are in the group."""
+    options = [*SMALL, "--loader-workers", 1, "--accumulate", 4, "--log-every", 1, "--max-steps", 100_000]
+    command = list(map(str, [LACY, "train", dataset, "--out", tmp_path / "run", *options]))
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     log = tmp_path / "run" / "log.jsonl"
     deadline = time.monotonic() + 120
     while not (log.exists() and log.read_text().count("\n") > 2):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)
     _, told = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
     assert re.search(r"stopped at step \d+: .*checkpoints/step-\d{8}; go on with --resume\n$", told)

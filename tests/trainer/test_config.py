@@ -80,7 +80,15 @@ def test_a_file_that_is_no_configuration(tmp_path, content):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"objective": "lcy"}, {"budget": 1.5}, {"unknown": 1}, {"precision": "tf32", "device": "cpu"}, {"lr": 0}]
+    "wrong",
+    [
+        {"objective": "lcy"},
+        {"budget": 1.5},
+        {"unknown": 1},
+        {"precision": "tf32", "device": "cpu"},
+        {"lr": 0},
+        {"mask_documents": True, "dropout": 0.1},
+    ],
 )
 def test_values_out_of_range(tmp_path, wrong):
     with pytest.raises(ValidationError):

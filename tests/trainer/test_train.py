@@ -78,6 +78,17 @@ def test_bfloat16_trains(tmp_path, dataset, still_gpt2):
     assert all(tensor.dtype == torch.float32 for tensor in weights.values())
 
 
+@pytest.mark.parametrize("batch", [2, 3])
+def test_shards_of_bfloat16_learn_together(tmp_path, dataset, still_gpt2, batch):
+    given = {"batch": batch, "precision": "bf16", "max_steps": 3}
+    sharded = configured(dataset, still_gpt2, tmp_path / "sharded", parallel="fsdp", **given)
+    whole = configured(dataset, still_gpt2, tmp_path / "whole", **given)
+    runs.run(sharded, 2)
+    runs.run(whole, 2)
+    losses = [[record["loss"] for record in runs.log(config) if "loss" in record] for config in (sharded, whole)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.01)
+
+
 def test_a_signal_ends_a_run_with_a_checkpoint(tmp_path, dataset, small_gpt2):
     config = configured(dataset, small_gpt2, tmp_path / "run", max_steps=100_000, save_every=100_000)
     (process,) = runs.start(config)
