@@ -170,7 +170,7 @@ def test_killed_at_random_moments_and_run_again(labelled, corpus, small_model, t
     random_ = random.Random(5)
     command = arguments(corpus, tmp_path / "d", small_model, "--workers", 2)
     parts: list[int] = []
-    for number in range(5):  # in turn while models load and streams are cut, and while parts are written
+    for number in range(3):  # in turn while models load and streams are cut, and while parts are written
         process = subprocess.Popen(
             [LACY, *map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
         )
@@ -206,7 +206,7 @@ def test_a_killed_worker_ends_the_run_and_a_rerun_completes_it(labelled, corpus,
     assert digests(tmp_path / "d") == digests_of_a_fresh(labelled)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_ctrl_c_leaves_a_dataset_that_can_go_on(labelled, corpus, small_model, tmp_path, workers):
     command = arguments(corpus, tmp_path / "d", small_model, "--workers", workers)
     process = subprocess.Popen(

@@ -155,6 +155,7 @@ def test_a_document_that_no_server_takes_is_a_dead_letter(server: str, model: Pa
     assert [row["doc_id"] for row in rows(tmp_path / "d")] == [row["id"] for row in texts if row != texts[3]]
 
 
+@pytest.mark.slow
 def test_a_judge_on_a_server_that_cannot_take_its_prompt_is_counted(server: str, model: Path, tmp_path: Path) -> None:
     texts = corpora.documents(3, seed=8)
     corpus = corpora.write(tmp_path / "c.jsonl", texts)

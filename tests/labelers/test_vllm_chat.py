@@ -99,6 +99,7 @@ def check(result: dict[str, Any], texts: list[str]) -> None:
 
 
 @needs_vllm
+@pytest.mark.slow
 def test_a_real_model_judges() -> None:
     others = [
         [{"role": "user", "content": "Say yes."}],
