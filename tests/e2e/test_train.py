@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from tests.conftest import LACY, run_lacy
 from tests.trainer.datasets import make
 
