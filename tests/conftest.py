@@ -51,6 +51,11 @@ def dev_data() -> Path:
     return Path(folder)
 
 
+def told(done: subprocess.CompletedProcess[str]) -> list[str]:
+    """The lines of stderr, without those of progress, which a slow machine prints."""
+    return [line for line in done.stderr.splitlines() if not line.startswith("label: ")]
+
+
 def run_lacy(*arguments: object, **options) -> subprocess.CompletedProcess[str]:
     """The real command, in a process of its own."""
     options = {"timeout": 300, "stdin": subprocess.DEVNULL} | options

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from tests.conftest import run_lacy
+from tests.conftest import run_lacy, told
 from tests.pipeline import corpora
 
 COMMANDS = ["label", "decide", "check", "stats", "sql", "tokenizer", "models", "models get"]
@@ -94,7 +94,7 @@ def test_a_mistake_is_one_line(arguments, code, message, corpus, labelled, small
     done = run_lacy(*[argument.format(**names) for argument in arguments], cwd=tmp_path, env=environment)
     assert done.returncode == code, done.stderr
     assert message in done.stderr
-    assert done.stderr.count("\n") == 1 and len(done.stderr) < 500 and done.stdout == ""
+    assert len(told(done)) == 1 and len(done.stderr) < 500 and done.stdout == ""
 
 
 def test_a_missing_argument_is_told_by_its_name():
