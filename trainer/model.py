@@ -17,7 +17,7 @@ from trainer import head
 from trainer.config import TrainConfig, TrainingError
 from trainer.head import Measures, Stats
 from trainer.ranks import Ranks
-from trainer.shards import Labels
+from trainer.shards import Labels, vocabulary
 
 ROUND_TO = 64  # rows of the vocabulary: matrix products are faster
 
@@ -230,18 +230,16 @@ def _same_tokenizer(folder: str, labels: Labels) -> None:
     file = Path(folder) / "tokenizer.json"
     if not file.is_file():
         return
-    theirs, ours = _vocabulary(file.read_bytes()), _vocabulary(labels.tokenizer_json)
+    try:
+        theirs = vocabulary(file.read_bytes())
+    except Exception as error:
+        raise TrainingError(f"cannot read {file}: {' '.join(str(error).split())[:300]}") from None
+    ours = vocabulary(labels.tokenizer_json)
     if any(ours.get(token) != index for token, index in theirs.items()):
         raise TrainingError(
             f"the tokenizer of {folder} is not the dataset's: label the corpus with --tokenizer {folder}, "
             f"or train another model"
         )
-
-
-def _vocabulary(tokenizer: bytes) -> dict[str, int]:
-    from tokenizers import Tokenizer
-
-    return Tokenizer.from_str(tokenizer.decode()).get_vocab(with_added_tokens=True)
 
 
 @torch.inference_mode()

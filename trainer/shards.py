@@ -83,7 +83,7 @@ def open_labels(dataset: str, labels: str | None) -> Labels:
     _covers(dataset, manifest, found)
     records = tuple(record for record in found.parts if record.rows)
     content, settings, eos_token = _tokenizer_files(root, manifest)
-    eos_id, vocab_size = _vocabulary(root, content, eos_token)
+    eos_id, vocab_size = _ids(root, content, eos_token)
     call_id = manifest.tokenizer.get("call_id")
     if not isinstance(call_id, int) or not 0 <= call_id < vocab_size:
         raise DatasetError(f"the tokenizer of {dataset} has no <CALL>: label the corpus again, into a new folder")
@@ -253,19 +253,24 @@ def _tokenizer_files(root: Path, manifest: Manifest) -> tuple[bytes, dict[str, A
     return content, settings, eos
 
 
-def _vocabulary(root: Path, content: bytes, eos_token: str) -> tuple[int, int]:
-    """The end token's id, and the vocabulary's size."""
+def vocabulary(tokenizer: bytes) -> dict[str, int]:
+    """The ids of all tokens, by a tokenizer.json's contents. Raises Exception: the library has nothing narrower."""
     from tokenizers import Tokenizer
 
+    return Tokenizer.from_str(tokenizer.decode()).get_vocab(with_added_tokens=True)
+
+
+def _ids(root: Path, content: bytes, eos_token: str) -> tuple[int, int]:
+    """The end token's id, and the vocabulary's size."""
     try:
-        vocabulary = Tokenizer.from_str(content.decode()).get_vocab(with_added_tokens=True)
-    except Exception as error:  # the library raises nothing narrower
+        found = vocabulary(content)
+    except Exception as error:
         raise DatasetError(f"{root}/tokenizer/tokenizer.json cannot be read: {_line(error)}") from None
-    if eos_token not in vocabulary:
+    if eos_token not in found:
         raise DatasetError(
             f"the end token {eos_token!r} is not in the tokenizer of {root}: label with a tokenizer that has it"
         )
-    return vocabulary[eos_token], max(vocabulary.values()) + 1
+    return found[eos_token], max(found.values()) + 1
 
 
 def _patiently(read: Callable[[], T], what: str) -> T:

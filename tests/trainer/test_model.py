@@ -123,6 +123,9 @@ def test_a_folder_with_another_tokenizer(tmp_path, labels, folder):
     (folder / "tokenizer.json").write_bytes(labels.tokenizer_json.replace(b'"w7"', b'"seven"'))
     with pytest.raises(TrainingError, match=r"the tokenizer of .* is not the dataset's: label the corpus with"):
         build(configured(tmp_path, model=str(folder)), labels)
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(TrainingError, match=r"cannot read .*tokenizer\.json"):
+        build(configured(tmp_path, model=str(folder)), labels)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
