@@ -60,7 +60,8 @@ class Measures(NamedTuple):
     lse: Tensor
     target: Tensor
     call: Tensor
-    correct: Tensor  # whether the most likely token other than <CALL> is the true one
+    top: Tensor  # highest logit other than that of <CALL>
+    correct: Tensor  # whether it is the true token's
 
 
 def project(
@@ -98,16 +99,18 @@ def project(
 
 @torch.no_grad()
 def measure(hidden: Tensor, weight: Tensor, targets: Tensor, call_id: int, *, rows: int | None = None) -> Measures:
-    """As `project`, without gradients, and whether each position's most likely token is the true one."""
+    """As `project`, without gradients, and what the model would write: how likely it is, and whether it is true."""
     rows = rows or chunk_rows(len(weight), hidden.device)
     dtype = _compute_dtype(hidden, weight)
     lse, target, call = _empty_stats(len(targets), dtype, hidden.device)
+    top = torch.empty_like(lse)
     correct = torch.empty_like(targets, dtype=torch.bool)
     for chunk in _walk(hidden, weight.to(dtype), targets, call_id, rows):
         at = chunk.at
         lse[at], target[at], call[at] = chunk.lse, chunk.target, chunk.call
-        correct[at] = chunk.logits.argmax(1) == targets[at]
-    return Measures(lse, target, call, correct)
+        highest = chunk.logits.max(1)
+        top[at], correct[at] = highest.values, highest.indices == targets[at]
+    return Measures(lse, target, call, top, correct)
 
 
 def chunk_rows(vocab: int, device: torch.device) -> int:

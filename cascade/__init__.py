@@ -1,0 +1,1 @@
+"""Generation with delegation, and the evaluation of a trained model."""

@@ -1,0 +1,123 @@
+"""When the small model calls: scores of a position, and thresholds over them.
+
+With z the logits at a position and lse the logsumexp of all but <CALL>'s, in float32:
+
+    margin       z[CALL] - lse: the logit of p(<CALL>), which ranks as the probability does but never saturates
+    uncertainty  1 - the highest probability of the softmax without <CALL>
+    combined     margin + weight * uncertainty, the weight fitted on held-out tokens (`lacy eval delegation --fit`)
+
+A call is made where the score is above a fixed threshold, or where it is among the highest of the text so far, so that
+a *budget*, a share of the positions, is held (`Quantile`).
+"""
+
+import json
+from pathlib import Path
+from typing import Final, Literal, NamedTuple, get_args
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from cascade.errors import CascadeError
+from schemas.files import write_atomic
+
+CallScore = Literal["margin", "uncertainty", "combined"]
+CALL_SCORES: Final = get_args(CallScore)
+HORIZON: Final = 16  # positions within which a running quantile pays back what it called too much or too little
+FITTED: Final = "call.json"  # in a checkpoint's folder
+
+
+class Scores(NamedTuple):
+    """(N,) float32 each, on the CPU."""
+
+    margin: np.ndarray
+    uncertainty: np.ndarray
+
+    def of(self, kind: CallScore, weight: float = 0.0) -> np.ndarray:
+        """(N,) float32: what calls are decided by; `weight` is that of "combined"."""
+        if kind == "combined":
+            return self.margin + np.float32(weight) * self.uncertainty
+        return self.margin if kind == "margin" else self.uncertainty
+
+
+class Fitted(BaseModel):
+    """The weight of the combined score, and where it comes from; `call.json` in a checkpoint's folder."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    version: Literal[1] = 1
+    weight: float
+    tokens: int  # held-out tokens that it was fitted on
+
+
+class Quantile:
+    """A running quantile over a text's own scores, that holds a budget: the share of positions at which a call is made.
+
+    A score is compared with those of the same text so far, so what one text does depends on no other. The prompt's
+    scores come first, `seen`, and are the warm-up. With g of n earlier scores higher than this one (equal ones count
+    half), m positions decided and c of them called, a call is made where
+
+        g / (n + 1) < budget + (budget * m - c) / HORIZON
+
+    The last term pays back: where scores drift, or have few distinct values, a plain quantile calls too much or too
+    little. After HORIZON positions the realised share is the budget's to a position or two. A budget of 0 never calls,
+    one of 1 always.
+    """
+
+    def __init__(self, budget: float, seen: np.ndarray):
+        self._budget = budget
+        self._seen = np.sort(np.asarray(seen, np.float32))
+        self._made = self._called = 0
+
+    def decide(self, score: float, may: bool = True) -> bool:
+        """Whether to call at the next position, which has this score; never where it may not, which is paid back."""
+        at, after = (int(np.searchsorted(self._seen, np.float32(score), side)) for side in ("left", "right"))
+        higher = (len(self._seen) - (at + after) / 2) / (len(self._seen) + 1)
+        owed = (self._budget * self._made - self._called) / HORIZON
+        call = may and self._budget > 0 and (self._budget == 1 or higher < self._budget + owed)
+        self._seen = np.insert(self._seen, at, score)
+        self._made += 1
+        self._called += call
+        return call
+
+
+class Fixed:
+    """A fixed threshold: a call where the score is above it."""
+
+    def __init__(self, threshold: float):
+        self._threshold = threshold
+
+    def decide(self, score: float, may: bool = True) -> bool:
+        """As `Quantile.decide`."""
+        return may and score > self._threshold
+
+
+def scores(logits: torch.Tensor, call_id: int | None) -> Scores:
+    """The scores of positions with the logits (N, V); without <CALL> in the vocabulary every margin is -inf."""
+    logits = logits.float()
+    words = forbid(logits, call_id)
+    lse = words.logsumexp(-1)
+    margin = torch.full_like(lse, -torch.inf) if call_id is None else logits[..., call_id] - lse
+    uncertainty = 1 - (words.amax(-1) - lse).exp()
+    return Scores(margin.cpu().numpy(), uncertainty.cpu().numpy())
+
+
+def forbid(logits: torch.Tensor, *ids: int | None) -> torch.Tensor:
+    """The logits (..., V) with -inf at some ids; a copy."""
+    forbidden = [index for index in ids if index is not None]
+    return logits.index_fill(-1, torch.tensor(forbidden, device=logits.device), -torch.inf) if forbidden else logits
+
+
+def read_fitted(checkpoint: Path) -> Fitted | None:
+    """What `lacy eval delegation --fit` found for a checkpoint; None before. Raises CascadeError for a damaged file."""
+    path = checkpoint / FITTED
+    try:
+        return Fitted.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValidationError):
+        raise CascadeError(f"{path} cannot be read: lacy eval delegation --fit writes it anew") from None
+
+
+def write_fitted(checkpoint: Path, fitted: Fitted) -> None:
+    write_atomic(checkpoint / FITTED, (json.dumps(fitted.model_dump(), indent=1) + "\n").encode())

@@ -1,0 +1,155 @@
+"""Answers of a language model, kept on disk: what was answered once is not asked again.
+
+The file has one JSON object a line, `{"key", "name", "text"}`, and is only ever added to. A key is a digest of all that
+decides a greedy answer: the model's name, the conversation, the schema and the most tokens. A line that a kill or a
+full disk cut off is passed over, and its question asked again.
+"""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+from pydantic import BaseModel, ConfigDict
+
+from cascade.errors import CascadeError
+from schemas.files import sha256
+
+PORTION: Final = 64  # conversations; an interruption loses the answers of one portion at most
+
+Conversation = list[dict[str, str]]  # messages, each with "role" and "content"
+
+
+class Reply(Protocol):
+    """What a model said, or why it said nothing: one of the two is None."""
+
+    @property
+    def text(self) -> str | None: ...
+
+    @property
+    def error(self) -> str | None: ...
+
+
+class Chat(Protocol):
+    """A loaded chat model; those of `labelers.chat` are such."""
+
+    def ask(self, conversations: list[Conversation], schema: dict[str, Any] | None, max_tokens: int) -> Sequence[Reply]:
+        """One reply per conversation, in order, which follows `schema` as far as the model can be made to."""
+        ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A `Reply`."""
+
+    text: str | None
+    error: str | None = None
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    key: str
+    name: str
+    text: str
+
+
+class Remembering:
+    """A chat that keeps every answer in the file `path`, and asks the model only what it has not answered yet.
+
+    load     gives the model; called when the first question comes that is not in the file, so that a rerun of what is
+             complete loads none
+    name     of the model; another name has answers of its own in the same file
+    portion  conversations that the model is asked at once, and whose answers are on disk before it is asked more
+
+    `asked` counts the conversations that went to the model. Raises CascadeError when the file cannot be read, or is
+    none of answers.
+    """
+
+    def __init__(self, load: Callable[[], Chat], name: str, path: Path, *, portion: int = PORTION) -> None:
+        if portion < 1:
+            raise ValueError(f"{portion} conversations cannot be asked at once")
+        self.asked = 0
+        self._load = load
+        self._chat: Chat | None = None
+        self._name = name
+        self._path = path
+        self._portion = portion
+        self._known, self._cut_off = _read(path)
+
+    def ask(self, conversations: list[Conversation], schema: dict[str, Any] | None, max_tokens: int) -> list[Answer]:
+        """One answer per conversation, in order; those that are equal are asked once.
+
+        An error of a single conversation is in its answer, and is not kept. Raises what the model raises, after what it
+        said before has been kept, and CascadeError when the file cannot be written.
+        """
+        keys = [_key(self._name, conversation, schema, max_tokens) for conversation in conversations]
+        missing = {
+            key: conversation for key, conversation in zip(keys, conversations, strict=True) if key not in self._known
+        }
+        waiting = list(missing)
+        errors: dict[str, str | None] = {}
+        for start in range(0, len(waiting), self._portion):
+            portion = waiting[start : start + self._portion]
+            if self._chat is None:
+                self._chat = self._load()
+            replies = self._chat.ask([missing[key] for key in portion], schema, max_tokens)
+            self.asked += len(portion)
+            answered = {key: reply.text for key, reply in zip(portion, replies, strict=True) if reply.text is not None}
+            errors |= {key: reply.error for key, reply in zip(portion, replies, strict=True) if reply.text is None}
+            self._keep(answered)
+        return [Answer(self._known[key]) if key in self._known else Answer(None, errors[key]) for key in keys]
+
+    def close(self) -> None:
+        """Close the model, if it was loaded. The next question that is not in the file loads it again."""
+        if self._chat is not None:
+            self._chat.close()
+            self._chat = None
+
+    def _keep(self, answered: dict[str, str]) -> None:
+        if not answered:
+            return
+        lines = [json.dumps({"key": key, "name": self._name, "text": text}) + "\n" for key, text in answered.items()]
+        data = ("\n" if self._cut_off else "") + "".join(lines)
+        self._cut_off = True
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self._path, "ab", buffering=0) as file:
+                view = memoryview(data.encode())
+                while view:
+                    view = view[file.write(view) :]
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise CascadeError(f"{self._path} cannot be written ({error.strerror}): answers are kept there") from None
+        self._cut_off = False
+        self._known |= answered
+
+
+def _key(name: str, conversation: Conversation, schema: dict[str, Any] | None, max_tokens: int) -> str:
+    return sha256(json.dumps([name, conversation, schema, max_tokens], sort_keys=True).encode())
+
+
+def _read(path: Path) -> tuple[dict[str, str], bool]:
+    """The answers by key, and whether the last line lacks its end. Nothing where there is no file."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return {}, False
+    except OSError as error:
+        raise CascadeError(f"{path} cannot be read ({error.strerror}): answers are kept there") from None
+    *lines, last = data.split(b"\n")
+    known = {}
+    damaged = 0
+    for line in [*lines, last] if last else lines:
+        try:
+            record = _Record.model_validate(json.loads(line))  # pydantic's own parser refuses half characters
+            known[record.key] = record.text
+        except (ValueError, RecursionError):
+            damaged += line is not last and bool(line)
+    if damaged and not known:
+        raise CascadeError(f"{path} is no file of answers: name another, or remove it")
+    return known, bool(last)

@@ -1,0 +1,496 @@
+"""FActScore: how many of the facts in a model's texts a knowledge source supports.
+
+The measure of Min et al. 2023 (arXiv 2305.14251), in three steps:
+
+1. `split`: a language model takes each sentence of a text apart into atomic facts;
+2. `verify`: for each fact, passages of the knowledge source are looked up, from the page of the text's subject where it
+   has one, and a language model says whether they support it;
+3. `summary`: the score of a text is the share of its facts that are supported, times the length penalty
+   exp(1 - gamma / n) where it has n < gamma facts; the score is the mean over the texts that respond.
+
+A text that declines to respond has no score, and counts in the share of texts that respond. This is how the authors'
+program computes it (github.com/shmsw25/FActScore, `score`, `init_score` without the penalty, `respond_ratio`,
+`num_facts_per_response`); as there, facts that a text repeats count each time.
+
+What differs: the prompts are our own, sentences are found by a rule (`sentences`) and passages by BM25
+(`cascade.evaluation.knowledge`). A model that gives no usable answer, after being asked once more, gives no verdict:
+such a fact is left out of its text's share, and counted.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from hashlib import sha256
+from importlib import resources
+from typing import Annotated, Any, Final, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from cascade.evaluation.answers import Chat, Conversation
+from cascade.evaluation.knowledge import Knowledge, Passage
+
+MAX_FACTS: Final = 24  # of a sentence
+MAX_FACT: Final = 400  # characters
+
+SPLIT_SCHEMA: Final[dict[str, Any]] = {
+    "type": "object",
+    "properties": {
+        "facts": {
+            "type": "array",
+            "maxItems": MAX_FACTS,
+            "items": {"type": "string", "minLength": 1, "maxLength": MAX_FACT},
+        }
+    },
+    "required": ["facts"],
+    "additionalProperties": False,
+}
+VERIFY_SCHEMA: Final[dict[str, Any]] = {
+    "type": "object",
+    "properties": {"supported": {"type": "boolean"}},
+    "required": ["supported"],
+    "additionalProperties": False,
+}
+
+Tell = Callable[[int, int], None]  # done, total: conversations
+T = TypeVar("T")
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Options(_Model):
+    """What a score depends on beside the texts, the models and the knowledge source.
+
+    gamma          number of facts below which a text's score is cut; 0 for no penalty
+    passages       that a fact is checked against
+    split_tokens   most tokens of a sentence's facts, `verify_tokens` of a verdict
+    batch          conversations that a model is asked at once; changes no answer
+    """
+
+    gamma: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 10
+    passages: Annotated[int, Field(ge=1)] = 5
+    split_tokens: Annotated[int, Field(ge=16)] = 768
+    verify_tokens: Annotated[int, Field(ge=8)] = 32
+    batch: Annotated[int, Field(ge=1)] = 64
+
+
+class Split(_Model):
+    """A text and its atomic facts, in its order.
+
+    declined  the text says that it does not answer, or nothing; it was not split
+    unsplit   sentences that the model gave no usable answer for; `problem` is what it said to the first
+    """
+
+    entity: str
+    text: str
+    declined: bool = False
+    facts: list[str] = []
+    unsplit: list[str] = []
+    problem: str = ""
+
+
+class Fact(_Model):
+    """A fact and its verdict; None where there is none, for a `problem`.
+
+    passages  ids of what it was checked against, the nearest first; without any it is not supported, unasked
+    """
+
+    text: str
+    supported: bool | None
+    passages: list[str] = []
+    problem: str = ""
+
+
+class Judgement(_Model):
+    """A text and the verdicts on its facts; `page`: the knowledge source has a page of the entity's name."""
+
+    entity: str
+    text: str
+    declined: bool = False
+    page: bool = True
+    facts: list[Fact] = []
+    unsplit: list[str] = []
+
+
+class Item(_Model):
+    """The numbers of one text: what means and their intervals are taken over.
+
+    abstained   it declines, or has been split and has no fact
+    facts       atomic facts; `verified` are those with a verdict, `supported` those with a good one, `repeated` those
+                that stand in the same text before, word for word
+    init_score  supported / verified; None where none is verified
+    score       with the length penalty, by `facts`
+    """
+
+    entity: str
+    abstained: bool
+    facts: int
+    verified: int
+    supported: int
+    repeated: int
+    init_score: float | None
+    score: float | None
+
+
+class Figures(_Model):
+    """Of all texts.
+
+    score, init_score   means over the texts that have one, with the length penalty and without; None without any
+    responded           share of the texts that do not abstain
+    facts_per_response  mean over the texts with facts
+    texts               `abstained` of them do, `unjudged` respond but have no verdict, the others have scores
+    facts               `supported`, not supported, or `unverified`; `repeated` as in `Item`
+    unsplit             sentences without an answer, whose facts are not known
+    without_page        texts with facts whose entity has no page: checked against the whole source
+    """
+
+    score: float | None
+    init_score: float | None
+    responded: float | None
+    facts_per_response: float | None
+    texts: int
+    abstained: int
+    unjudged: int
+    facts: int
+    supported: int
+    unverified: int
+    repeated: int
+    unsplit: int
+    without_page: int
+
+
+class Summary(_Model):
+    """Figures, the items that they are over, one a text, and the judgements that these are of."""
+
+    gamma: float
+    figures: Figures
+    items: list[Item]
+    judgements: list[Judgement]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt as it is shipped; `sha256` is that of its text."""
+
+    version: int
+    sha256: str
+    text: str
+
+
+def factscore(
+    splitter: Chat,
+    judge: Chat,
+    knowledge: Knowledge,
+    entities: Sequence[str],
+    texts: Sequence[str],
+    options: Options | None = None,
+    tell: Tell | None = None,
+) -> Summary:
+    """Score texts, each about the entity in the same place; the three steps one after the other.
+
+    Raises what the models raise. With a `Remembering` chat for each model, nothing is asked twice, after an
+    interruption neither.
+    """
+    options = options or Options()
+    return summary(verify(judge, knowledge, split(splitter, entities, texts, options, tell), options, tell), options)
+
+
+def split(
+    chat: Chat, entities: Sequence[str], texts: Sequence[str], options: Options, tell: Tell | None = None
+) -> list[Split]:
+    """Atomic facts of each text, sentence by sentence; a fact that a sentence has twice is taken once.
+
+    A text that `declines` is not split. Raises ValueError when there are more texts than entities or fewer.
+    """
+    declined = [declines(text) for text in texts]
+    places = [
+        (number, entity, sentence)
+        for number, (entity, text) in enumerate(zip(entities, texts, strict=True))
+        if not declined[number]
+        for sentence in sentences(text)
+    ]
+
+    def conversation(place: int, again: bool) -> Conversation:
+        _, entity, sentence = places[place]
+        return _conversation("split", {"entity": entity, "sentence": sentence}, again)
+
+    answers = _ask(
+        chat, conversation, len(places), SPLIT_SCHEMA, options.split_tokens, parse_facts, options.batch, tell
+    )
+    facts: list[list[str]] = [[] for _ in texts]
+    unsplit: list[list[str]] = [[] for _ in texts]
+    problems = [""] * len(texts)
+    for (number, _, sentence), (found, problem) in zip(places, answers, strict=True):
+        if found is None:
+            unsplit[number].append(sentence)
+            problems[number] = problems[number] or problem
+        else:
+            facts[number] += dict.fromkeys(found)
+    return [
+        Split(
+            entity=entity,
+            text=text,
+            declined=declined[number],
+            facts=facts[number],
+            unsplit=unsplit[number],
+            problem=problems[number],
+        )
+        for number, (entity, text) in enumerate(zip(entities, texts, strict=True))
+    ]
+
+
+def verify(
+    chat: Chat, knowledge: Knowledge, splits: Sequence[Split], options: Options, tell: Tell | None = None
+) -> list[Judgement]:
+    """A verdict on each fact, by the passages that are nearest to the entity's name and the fact together.
+
+    The nearest passage stands last in the prompt, next to the claim, as in the authors' program.
+    """
+    found: list[list[Passage]] = []
+    for each in splits:
+        queries = [f"{each.entity} {fact}" for fact in each.facts]
+        found += knowledge.search(queries, options.passages, each.entity)
+    facts = [(each.entity, fact) for each in splits for fact in each.facts]
+    asked = [number for number, passages in enumerate(found) if passages]
+
+    def conversation(place: int, again: bool) -> Conversation:
+        entity, fact = facts[asked[place]]
+        passages = "\n\n".join(f"{passage.title}\n{passage.text}" for passage in reversed(found[asked[place]]))
+        return _conversation("verify", {"entity": entity, "fact": fact, "passages": passages}, again)
+
+    answers = _ask(
+        chat, conversation, len(asked), VERIFY_SCHEMA, options.verify_tokens, parse_verdict, options.batch, tell
+    )
+    verdicts: list[tuple[bool | None, str]] = [(False, "")] * len(facts)
+    for number, answer in zip(asked, answers, strict=True):
+        verdicts[number] = answer
+    judged = iter(
+        [
+            Fact(text=fact, supported=supported, passages=[passage.id for passage in passages], problem=problem)
+            for (_, fact), passages, (supported, problem) in zip(facts, found, verdicts, strict=True)
+        ]
+    )
+    return [
+        Judgement(
+            entity=each.entity,
+            text=each.text,
+            declined=each.declined,
+            page=bool(knowledge.pages(each.entity)),
+            facts=[next(judged) for _ in each.facts],
+            unsplit=each.unsplit,
+        )
+        for each in splits
+    ]
+
+
+def summary(judgements: Iterable[Judgement], options: Options | None = None) -> Summary:
+    """The scores of judgements, which may have been saved; asks nobody."""
+    judgements = list(judgements)
+    gamma = (options or Options()).gamma
+    items = [_item(judgement, gamma) for judgement in judgements]
+    abstained = sum(item.abstained for item in items)
+    facts = sum(item.facts for item in items)
+    figures = Figures(
+        score=_mean(item.score for item in items if item.score is not None),
+        init_score=_mean(item.init_score for item in items if item.init_score is not None),
+        responded=(len(items) - abstained) / len(items) if items else None,
+        facts_per_response=_mean(item.facts for item in items if item.facts),
+        texts=len(items),
+        abstained=abstained,
+        unjudged=sum(not item.abstained and item.score is None for item in items),
+        facts=facts,
+        supported=sum(item.supported for item in items),
+        unverified=facts - sum(item.verified for item in items),
+        repeated=sum(item.repeated for item in items),
+        unsplit=sum(len(judgement.unsplit) for judgement in judgements),
+        without_page=sum(bool(judgement.facts) and not judgement.page for judgement in judgements),
+    )
+    return Summary(gamma=gamma, figures=figures, items=items, judgements=judgements)
+
+
+def length_penalty(facts: int, gamma: float) -> float:
+    """exp(1 - gamma / facts) for fewer than `gamma` facts, else 1: Min et al. 2023, as in their program."""
+    return math.exp(1 - gamma / facts) if facts < gamma else 1.0
+
+
+def declines(text: str) -> bool:
+    """Whether a text is no answer: it is blank, or begins by saying that the model cannot or will not give one.
+
+    Models that were only pretrained hardly ever do.
+    """
+    return not text.strip() or _DECLINES.match(text) is not None
+
+
+def sentences(text: str) -> list[str]:
+    """The sentences of a text, by a rule that rather leaves two together than cuts one.
+
+    A sentence ends with its line, or with a mark and white space after it; not after an abbreviation or an initial, nor
+    before a small letter, and no sentence is a single word beside others, as in the authors' program.
+    """
+    found = []
+    for line in text.splitlines():
+        ends = [match.end() for match in _END.finditer(line)]
+        pieces = [
+            piece for start, end in zip([0, *ends], [*ends, len(line)], strict=True) if (piece := line[start:end])
+        ]
+        joined: list[str] = []
+        for piece in pieces:
+            if joined and _belong_together(joined[-1], piece):
+                joined[-1] += piece
+            else:
+                joined.append(piece)
+        found += [sentence for piece in joined if (sentence := piece.strip())]
+    return found
+
+
+def parse_facts(answer: str) -> list[str] | None:
+    """The facts of an answer that follows `SPLIT_SCHEMA`, with or without a code fence around it; else None."""
+    found = _parse(answer, _Facts)
+    return None if found is None else [stripped for fact in found.facts if (stripped := fact.strip())]
+
+
+def parse_verdict(answer: str) -> bool | None:
+    """The verdict of an answer that follows `VERIFY_SCHEMA`, with or without a code fence around it; else None."""
+    found = _parse(answer, _Verdict)
+    return None if found is None else found.supported
+
+
+@cache
+def prompt(name: Literal["split", "verify"]) -> Prompt:
+    """A prompt, as it is shipped."""
+    data = resources.files("cascade.evaluation").joinpath(f"{name}_prompt.md").read_bytes()
+    text = data.decode()
+    return Prompt(int(text.partition("\n")[0].removeprefix("version:")), sha256(data).hexdigest(), text)
+
+
+class _Facts(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    facts: Annotated[list[Annotated[str, Field(min_length=1, max_length=MAX_FACT)]], Field(max_length=MAX_FACTS)]
+
+
+class _Verdict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    supported: bool
+
+
+M = TypeVar("M", bound=BaseModel)
+
+_FENCE = re.compile(r"\s*```(?:json)?\s*(.*?)\s*```\s*", re.DOTALL)
+_END = re.compile(r"[.!?][\"')\]\u2019\u201d\u00bb]*\s+|[。！？][」』）]*\s*")  # noqa: RUF001
+_INITIAL = re.compile(r"(?:^|[\s(.])[^\W\d_]\.\s*$")
+_LAST_WORD = re.compile(r"(\S+)\.\s*$")
+_ABBREVIATIONS: Final = (
+    " adm al approx apr aug ave bros ca capt cf cmdr co col corp cpl dec dept dr ed eds esp est feb fig fl fr gen gov"
+    " hon inc jan jr lt ltd maj mr mrs ms mt nov oct op pp prof pvt rep rev sen sep sept sgt sr st trans univ viz vol"
+    " vols vs e.g i.e u.s u.k "
+)
+_DECLINES = re.compile(
+    r"\s*(?:i['\u2019]m sorry|i am sorry|sorry\b|i apologi[sz]e|as an ai\b|(?:unfortunately, )?(?:i|we) "
+    r"(?:do not|don['\u2019]t|cannot|can['\u2019]t|could not|couldn['\u2019]t|am unable to|am not able to|have no) "
+    r"(?:have|know|find|provide|give|write|answer|tell|information|knowledge))",
+    re.IGNORECASE,
+)
+
+
+def _belong_together(before: str, after: str) -> bool:
+    if before.rstrip()[-1:] in "。！？」』）":  # noqa: RUF001
+        return False
+    last = _LAST_WORD.search(before)
+    return (
+        after[0].islower()
+        or len(before.split()) < 2
+        or len(after.split()) < 2
+        or _INITIAL.search(before) is not None
+        or (last is not None and f" {last[1].lstrip('(').lower()} " in _ABBREVIATIONS)
+    )
+
+
+def _parse(answer: str, model: type[M]) -> M | None:
+    fenced = _FENCE.fullmatch(answer)
+    try:
+        return model.model_validate_json(fenced[1] if fenced else answer)
+    except (ValidationError, UnicodeEncodeError):
+        return None
+
+
+def _ask(
+    chat: Chat,
+    conversation: Callable[[int, bool], Conversation],
+    count: int,
+    schema: dict[str, Any],
+    max_tokens: int,
+    parse: Callable[[str], T | None],
+    batch: int,
+    tell: Tell | None,
+) -> list[tuple[T | None, str]]:
+    """What is parsed out of the answers to `count` conversations, each with an empty string; or None, and why.
+
+    conversation  of a number, and whether the last answer to it could not be parsed: greedy decoding would repeat it
+
+    What has no usable answer is asked for once more.
+    """
+    values: list[tuple[T | None, str]] = [(None, "")] * count
+    malformed: set[int] = set()
+    todo = list(range(count))
+    done = total = 0
+    for _ in range(2):
+        total += len(todo)
+        for start in range(0, len(todo), batch):
+            portion = todo[start : start + batch]
+            replies = chat.ask([conversation(number, number in malformed) for number in portion], schema, max_tokens)
+            for number, reply in zip(portion, replies, strict=True):
+                value = None if reply.text is None else parse(reply.text)
+                if value is not None:
+                    values[number] = value, ""
+                elif reply.text is None:
+                    values[number] = None, reply.error or "no answer"
+                else:
+                    values[number] = None, "the answer is not JSON in the form that was asked for"
+                    malformed.add(number)
+            done += len(portion)
+            if tell is not None:
+                tell(done, total)
+        todo = [number for number in todo if values[number][0] is None]
+    return values
+
+
+def _conversation(name: Literal["split", "verify"], fields: dict[str, str], again: bool) -> Conversation:
+    system, user, reminder = _sections(prompt(name).text)
+    content = "".join(fields[piece[2:-2]] if piece.startswith("{{") else piece for piece in user)
+    if again:
+        content = f"{content}\n\n{reminder}"
+    return [{"role": "system", "content": system}, {"role": "user", "content": content}]
+
+
+@cache
+def _sections(text: str) -> tuple[str, list[str], str]:
+    """The system text, the pieces of the user's with the fields apart, and what is added when asked again."""
+    system, user, again = (section.strip() for section in re.split(r"^# .*$", text, flags=re.MULTILINE)[1:])
+    return system, re.split(r"(\{\{\w+\}\})", user), again
+
+
+def _item(judgement: Judgement, gamma: float) -> Item:
+    facts = len(judgement.facts)
+    verified = sum(fact.supported is not None for fact in judgement.facts)
+    supported = sum(fact.supported is True for fact in judgement.facts)
+    init_score = supported / verified if verified else None
+    return Item(
+        entity=judgement.entity,
+        abstained=judgement.declined or not (judgement.facts or judgement.unsplit),
+        facts=facts,
+        verified=verified,
+        supported=supported,
+        repeated=facts - len({fact.text for fact in judgement.facts}),
+        init_score=init_score,
+        score=None if init_score is None else init_score * length_penalty(facts, gamma),
+    )
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    values = list(values)
+    return math.fsum(values) / len(values) if values else None

@@ -1,0 +1,210 @@
+"""Does a fact come out? Text before a fact is continued greedily, and the fact is looked for in what is written.
+
+Facts are the runs of tokens that the grammar marked as factual when the corpus was labelled. With <CALL> forbidden this
+measures *leakage*: what the small model has learnt by heart although it should delegate it (arXiv 2602.12005 counts
+facts that come out when <CALL> is forbidden); asked on documents that it was trained on. With a partner it measures
+*containment*: what the cascade gets right at a given share of calls; asked on held-out documents.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any, Final, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict, Field
+
+from cascade import generate as generation
+from cascade.errors import CascadeError
+from cascade.evaluation import delegation, results
+from cascade.evaluation.results import Result
+from cascade.generate import Generation
+from cascade.model import Model, results_folder
+from cascade.partners import Partner
+from schemas.codes import ENT_TYPES
+from schemas.files import sha256
+from schemas.manifest import DatasetError, read_manifest, signals_path
+from trainer import shards
+from trainer.shards import Labels
+
+LEAST_BEFORE: Final = 16  # tokens of text before a fact
+LONGEST: Final = 12  # tokens of a fact
+EXAMPLES: Final = 50  # kept to be looked at
+
+
+class Options(BaseModel):
+    """Which facts, and how much text around them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    dataset: str | None = None  # None: the run's
+    holdout: float | None = Field(None, gt=0, le=1)  # None: the run's
+    documents: Literal["trained", "held-out"] | None = None  # None: trained without a partner, held-out with one
+    pairs: int = Field(500, ge=1)
+    per_document: int = Field(3, ge=1)
+    prefix: int = Field(128, ge=LEAST_BEFORE)  # tokens before the fact that the model reads, at most
+    new_tokens: int = Field(24, ge=1)  # that it writes
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A fact and the text before it."""
+
+    document: str
+    prefix: str
+    value: str
+    kind: str  # entity type, or ""
+
+
+def evaluate(
+    model: Model,
+    partner: Partner | None,
+    options: Options,
+    generating: generation.Options,
+    *,
+    again: bool = False,
+    tell: Callable[[int, int], None] | None = None,
+) -> Result:
+    """Continue the prefixes and look for the values; save the result, and return it, or the one saved before.
+
+    generating  how calls are decided; its length is set by `options`
+    tell        hears how many of how many prefixes are done
+
+    Raises CascadeError where there are no such facts, and DatasetError for a dataset that cannot be read.
+    """
+    kind = "leakage" if partner is None else "containment"
+    settled, labels = delegation.settle(
+        model.folder, delegation.Options(dataset=options.dataset, holdout=options.holdout)
+    )
+    documents = options.documents or ("trained" if partner is None else "held-out")
+    options = options.model_copy(
+        update={"dataset": settled.dataset, "holdout": settled.holdout, "documents": documents}
+    )
+    generating = generating.model_copy(update={"max_new_tokens": options.new_tokens})
+    asked = options.model_dump() | {"fingerprint": labels.fingerprint}
+    if partner is not None:
+        asked |= {"partner": partner.name} | generating.model_dump(exclude={"batch", "max_new_tokens"})
+    folder = results_folder(model.folder)
+    if not again and (saved := results.read(folder, kind)) is not None and saved[0].options == asked:
+        return saved[0]
+    pairs = find_pairs(labels, options, model.context)
+    written: list[Generation | None] = [None] * len(pairs)
+    for done, text in enumerate(
+        generation.generate(model, [pair.prefix for pair in pairs], partner, generating), start=1
+    ):
+        written[text.index] = text
+        if tell:
+            tell(done, len(pairs))
+    found = [(pair, text) for pair, text in zip(pairs, written, strict=True) if text is not None]
+    contained = np.array([contains(text.text, pair.value) for pair, text in found])
+    units = pa.table(
+        {
+            "prompt": pa.array(range(len(found)), pa.int32()),
+            "document": [pair.document for pair, _ in found],
+            "kind": [pair.kind for pair, _ in found],
+            "contained": contained,
+            "calls": pa.array([text.calls for _, text in found], pa.int32()),
+            "tokens": pa.array([text.positions for _, text in found], pa.int32()),
+        }
+    )
+    missed = sum(text.missed for _, text in found)
+    result = Result(
+        kind=kind,
+        checkpoint=model.folder.name,
+        options=asked,
+        figures={
+            "contained": float(contained.mean()),
+            "called": sum(text.calls for _, text in found) / max(1, sum(text.positions for _, text in found)),
+            "missed": float(missed),
+            "pairs": float(len(found)),
+        },
+        details={
+            "by_type": _by_type(found, contained),
+            "examples": [
+                {"prefix": pair.prefix[-200:], "value": pair.value, "text": text.text, "contained": bool(hit)}
+                for (pair, text), hit in list(zip(found, contained, strict=True))[:EXAMPLES]
+            ],
+        },
+    )
+    results.save(folder, result, units)
+    return result
+
+
+def contains(text: str, value: str) -> bool:
+    """Whether a value stands in a text as words of its own, whatever the case and the white space."""
+    words = r"\s+".join(map(re.escape, value.casefold().split()))
+    return re.search(rf"(?<!\w){words}(?!\w)", text.casefold()) is not None
+
+
+def find_pairs(labels: Labels, options: Options, context: int) -> list[Pair]:
+    """Facts of a labelled corpus with the text before them: the same ones for every model with this tokenizer.
+
+    A fact has up to LONGEST tokens, two characters or more, a letter or a digit among them, stands on one line, and
+    has not been told before. Of all, those are taken that come first by a hash of document and place, at most
+    `per_document` of a document. Raises CascadeError where there is none.
+    """
+    room = min(options.prefix, context - options.new_tokens - 1)
+    if room < LEAST_BEFORE:
+        raise CascadeError(f"the model reads {context} tokens: ask for fewer --new-tokens")
+    manifest = read_manifest(labels.root)
+    digests = {record.name: record.sha256 for record in manifest.parts}
+    ranked = (
+        (rank, pair) for record in labels.records for rank, pair in _facts(labels, record.name, digests, options, room)
+    )
+    taken: dict[str, int] = {}
+    pairs = []
+    for _, pair in sorted(ranked, key=lambda found: found[0]):
+        if taken.get(pair.document, 0) < options.per_document:
+            taken[pair.document] = taken.get(pair.document, 0) + 1
+            pairs.append(pair)
+            if len(pairs) == options.pairs:
+                break
+    if not pairs:
+        raise CascadeError(f"no document of {labels.root} that is {options.documents} has a fact behind some text")
+    return pairs
+
+
+def _facts(
+    labels: Labels, part: str, digests: dict[str, str], options: Options, room: int
+) -> Iterator[tuple[bytes, Pair]]:
+    """All facts of a part that may be asked for, each with its hash."""
+    path = signals_path(labels.root, part)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DatasetError(f"{path} cannot be read: {error.strerror or error}") from None
+    if sha256(data) != digests.get(part):
+        raise DatasetError(f"{path} is not the file that was written, its checksum differs: label the corpus again")
+    with pq.ParquetFile(pa.BufferReader(data)) as file:
+        if "text" not in file.schema_arrow.names:
+            raise CascadeError(f"{labels.root} has no text (lacy label --no-text): label the corpus with its text")
+        held = shards.is_held(file, options.holdout or 0.0)
+        table = file.read(["doc_id", "text", "token_starts", "token_ends", "factual", "ent_type"])
+    rows = np.flatnonzero(held == (options.documents == "held-out"))
+    for row in rows.tolist():
+        name, text, starts, ends, factual, types = (table.column(index)[row] for index in range(6))
+        flags = factual.values.to_numpy(zero_copy_only=False)
+        edges = np.flatnonzero(np.diff(np.concatenate([[False], flags, [False]]).astype(np.int8)))
+        starts, ends, types = (column.values.to_numpy() for column in (starts, ends, types))
+        whole = text.as_py()
+        for first, last in edges.reshape(-1, 2):
+            if first < LEAST_BEFORE or last - first > LONGEST:
+                continue
+            value = whole[starts[first] : ends[last - 1]].strip()
+            before = whole[: starts[first]]
+            if len(value) < 2 or "\n" in value or not any(map(str.isalnum, value)) or contains(before, value):
+                continue
+            prefix = whole[starts[max(0, first - room)] : starts[first]]
+            rank = blake2b(f"{name.as_py()}\0{first}".encode(), digest_size=16).digest()
+            yield rank, Pair(name.as_py(), prefix, value, ENT_TYPES[types[first]])
+
+
+def _by_type(found: list[tuple[Pair, Generation]], contained: np.ndarray) -> dict[str, Any]:
+    kinds = np.array([pair.kind for pair, _ in found])
+    return {
+        str(kind) or "none": {"pairs": int((kinds == kind).sum()), "contained": float(contained[kinds == kind].mean())}
+        for kind in np.unique(kinds)
+    }

@@ -1,0 +1,56 @@
+"""Results of evaluations on disk: figures, and the units that they are means or ranks over, for intervals.
+
+RUN/eval/step-00001000/
+  delegation.json      `Result`
+  delegation.parquet   its units: one row per token, prompt, entity or question
+"""
+
+import io
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from cascade.errors import CascadeError
+from schemas.files import write_atomic
+
+
+class Result(BaseModel):
+    """What an evaluation found.
+
+    kind        delegation, leakage, containment, factscore or nlu
+    checkpoint  name of the checkpoint's folder
+    options     all that the figures depend on, beside the checkpoint
+    figures     the numbers, by name; None where there is nothing to count
+    details     what is worth looking at, as curves, examples or the text of answers
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    version: Literal[1] = 1
+    kind: str
+    checkpoint: str
+    options: dict[str, Any]
+    figures: dict[str, float | None]
+    details: dict[str, Any] = {}
+
+
+def save(folder: Path, result: Result, units: pa.Table) -> None:
+    """Write a result; the JSON last, so that where it is, its units are."""
+    buffer = io.BytesIO()
+    pq.write_table(units, buffer, compression="zstd")
+    write_atomic(folder / f"{result.kind}.parquet", buffer.getvalue())
+    write_atomic(folder / f"{result.kind}.json", (result.model_dump_json(indent=1) + "\n").encode())
+
+
+def read(folder: Path, kind: str) -> tuple[Result, pa.Table] | None:
+    """A result and its units; None where there is none. Raises CascadeError where it is damaged."""
+    path = folder / f"{kind}.json"
+    try:
+        return Result.model_validate_json(path.read_bytes()), pq.read_table(path.with_suffix(".parquet"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValidationError, pa.ArrowException):
+        raise CascadeError(f"{path} cannot be read: lacy eval {kind} writes it anew") from None

@@ -1,0 +1,393 @@
+"""Generation with delegation: the small model writes, and where it calls, the partner writes what comes next.
+
+    for generation in generate(model, ["Odra Venn was born in"], partner, Options(budget=0.22)):
+        print(generation.text, [token.by for token in generation.tokens])
+
+At each position of a text the small model reads what stands there, and its call score is compared with a threshold
+(`cascade.calls`). Below it the small model writes its own likeliest token, <CALL> and other tokens without text left
+out; above it the partner is asked, and what it writes becomes tokens of the small model (`cascade.vocabulary`).
+
+Texts are written side by side in `batch` slots; one that ends makes room for the next. What a text becomes depends on
+its prompt, its place among the prompts where tokens are sampled, and the options; not on the others.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from cascade.calls import CallScore, Fixed, Quantile, Scores, forbid, scores
+from cascade.errors import CascadeError
+from cascade.model import Model
+from cascade.partners import Answer, Partner, Request, Sampling, pick
+from cascade.reader import Reader
+from cascade.vocabulary import Writing, incomplete
+
+BUDGET = 0.22  # the paper's
+NEW_TEXTS = 8  # read side by side: the logits of their warm-up are large
+WARM_UP = 64  # last positions of a prompt, whose scores a running quantile begins with
+PROMPT, SLM, PARTNER = range(3)  # authors
+_SCORES = ("margin", "uncertainty", "score")
+Finish = Literal["end", "length", "context"]
+Author = Literal["slm", "partner", "both"]
+
+
+class Options(BaseModel):
+    """How to generate; each has a flag of `lacy generate`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    max_new_tokens: int = Field(256, ge=1)
+    temperature: float = Field(0.0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    seed: int = 0
+    call_score: CallScore = "margin"
+    weight: float = 0.0  # of the combined score
+    budget: float | None = Field(None, ge=0, le=1)
+    threshold: float | None = None
+    batch: int = Field(16, ge=1)
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> "Options":
+        if self.budget is not None and self.threshold is not None:
+            raise ValueError("a call is decided by --budget or by --threshold, not by both")
+        return self
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(self.temperature, self.top_p, self.seed)
+
+
+class Token(BaseModel):
+    """A token of the small model's, behind the prompt.
+
+    text    characters that it completes; those of all tokens make up the text
+    by      who wrote them; "both" where a token holds characters of the small model and of the partner
+    margin, uncertainty, score  at the position where it was written; None for the further tokens of an answer
+    called  whether the partner was asked there
+    missed  whether it was asked in vain
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    id: int
+    text: str
+    by: Author
+    margin: float | None = None
+    uncertainty: float | None = None
+    score: float | None = None
+    called: bool = False
+    missed: bool = False
+
+
+class Generation(BaseModel):
+    """What became of a prompt.
+
+    finish          "end": the text came to its end; "length": it has as many tokens as were asked for (the partner's
+                    last answer may go beyond); "context": the small model cannot read more
+    positions       at which something was written; `calls` of them asked the partner, `missed` of these in vain
+    partner_tokens  of the partner's own tokenizer
+    seconds         from its first token to its last, with those of the texts beside it
+    partner_seconds of these, spent on waiting for the partner
+    failure         why the partner did not answer, the last time that it did not
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    index: int
+    prompt: str
+    text: str
+    tokens: list[Token]
+    finish: Finish
+    positions: int
+    calls: int
+    missed: int
+    partner_tokens: int
+    seconds: float
+    partner_seconds: float
+    failure: str | None = None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Characters as they are written; `missed` where the partner should have written them."""
+
+    index: int
+    text: str
+    by: Author
+    missed: bool = False
+
+
+@dataclass
+class _Decision:
+    at: int  # bytes of text before it
+    margin: float
+    uncertainty: float
+    score: float
+    called: bool
+    missed: bool = False
+
+
+@dataclass
+class _Text:
+    """One that is being written."""
+
+    index: int
+    prompt: str
+    slot: int
+    writing: Writing
+    rule: Quantile | Fixed | None
+    random: np.random.Generator
+    began: float
+    prompt_bytes: int
+    prompt_ids: int
+    decisions: list[_Decision]
+    told: int  # bytes
+    partner_tokens: int = 0
+    partner_seconds: float = 0.0
+    failure: str | None = None
+    finish: Finish | None = None
+    ended_by: int | None = None  # who wrote an end token
+
+
+def generate(
+    model: Model,
+    prompts: Sequence[str],
+    partner: Partner | None,
+    options: Options,
+    *,
+    on_piece: Callable[[Piece], None] | None = None,
+    remember: bool = True,
+) -> Iterator[Generation]:
+    """Continue prompts; yields as texts end, not in the order of the prompts (`Generation.index`).
+
+    partner   None: calls are forbidden. Wrap it in `cascade.partners.Patient`, which does not raise
+    on_piece  is told of characters as they are written
+    remember  keep keys and values; without, each step reads all texts anew
+
+    Raises CascadeError where the model has no <CALL> and the score needs it, and for a prompt that is no Unicode.
+    """
+    if partner is not None and model.call_id is None and options.call_score != "uncertainty":
+        raise CascadeError(f"{model.folder} has no <CALL>: use --call-score uncertainty, or --partner none")
+    reader = Reader(model, min(options.batch, max(1, len(prompts))), remember=remember)
+    forbidden = model.forbidden()
+    waiting = iter(enumerate(prompts))
+    free = list(range(min(options.batch, len(prompts))))
+    texts: list[_Text] = []
+    while True:
+        fresh: list[_Text] = []
+        while free and (item := next(waiting, None)) is not None:
+            text = _begin(model, *item, free[0], options)
+            if text.finish:
+                yield _generation(model, text)
+                continue
+            free.pop(0)
+            fresh.append(text)
+        old, texts = texts, texts + fresh
+        if not texts:
+            return
+        groups = [old, *(fresh[first : first + NEW_TEXTS] for first in range(0, len(fresh), NEW_TEXTS))]
+        logits = [found for group in groups if group for found in _read(model, reader, group, partner, options)]
+        _step(model, texts, torch.stack(logits), partner, options, forbidden)
+        for text in texts:
+            _tell(text, on_piece)
+            if text.finish:
+                free.append(text.slot)
+                yield _generation(model, text)
+        texts = [text for text in texts if not text.finish]
+        free.sort()
+
+
+def _begin(model: Model, index: int, prompt: str, slot: int, options: Options) -> _Text:
+    try:
+        writing = Writing(model.vocabulary, prompt)
+    except (UnicodeEncodeError, TypeError):
+        raise CascadeError(f"prompt {index + 1} is not valid Unicode: {prompt!r:.80}") from None
+    text = _Text(
+        index=index,
+        prompt=prompt,
+        slot=slot,
+        writing=writing,
+        rule=None,
+        random=np.random.default_rng([options.seed, index]),
+        began=time.monotonic(),
+        prompt_bytes=len(writing.data),
+        prompt_ids=len(writing.ids),
+        decisions=[],
+        told=len(writing.data),
+    )
+    if len(model.begun(writing.ids)) > model.context:
+        text.finish = "context"
+    return text
+
+
+def _read(
+    model: Model, reader: Reader, texts: list[_Text], partner: Partner | None, options: Options
+) -> Iterator[torch.Tensor]:
+    """(V,) logits behind each text. A text that is read for the first time gets its rule, from its prompt's scores."""
+    is_new = texts[0].rule is None
+    last = WARM_UP if is_new and partner is not None and options.threshold is None else 1
+    logits = reader.read([t.slot for t in texts], [model.begun(t.writing.ids) for t in texts], last)
+    if is_new:
+        for text, found in zip(texts, logits, strict=True):
+            if partner is None:
+                text.rule = Fixed(math.inf)
+            elif options.threshold is not None:
+                text.rule = Fixed(options.threshold)
+            else:
+                read = found[:-1][~found[:-1, 0].isnan()]
+                seen = scores(read, model.call_id).of(options.call_score, options.weight)
+                text.rule = Quantile(BUDGET if options.budget is None else options.budget, seen)
+    return iter(logits[:, -1])
+
+
+def _step(
+    model: Model,
+    texts: list[_Text],
+    logits: torch.Tensor,
+    partner: Partner | None,
+    options: Options,
+    forbidden: list[int],
+) -> None:
+    """One position of each text, with the logits (b, V) behind it."""
+    found = scores(logits, model.call_id)
+    called = _decide(texts, found, partner, options)
+    draws = np.array([text.random.random() for text in texts])
+    answers: dict[int, Answer] = {}
+    asked = [place for place, text in enumerate(texts) if called[place]]
+    if asked and partner is not None:
+        began = time.monotonic()
+        requests = [
+            Request(texts[place].slot, texts[place].writing.text, texts[place].writing.ids, float(draws[place]))
+            for place in asked
+        ]
+        answers = dict(zip(asked, partner.answer(requests), strict=True))
+        for place in asked:
+            texts[place].partner_seconds += time.monotonic() - began
+    own = pick(forbid(logits, *forbidden), options.sampling, draws)
+    for place, text in enumerate(texts):
+        answer = answers.get(place)
+        if answer is not None and _take(model, text, answer):
+            continue
+        if answer is not None:  # asked in vain
+            text.decisions[-1].missed = True
+            text.failure = answer.failure or "an empty answer"
+        text.writing.add(own[place], SLM)
+        if own[place] in model.end_ids:
+            text.finish, text.ended_by = "end", SLM
+    for text in texts:
+        if text.finish is None and len(text.writing.ids) - text.prompt_ids >= options.max_new_tokens:
+            text.finish = "length"
+        if text.finish is None and len(model.begun(text.writing.ids)) > model.context:
+            text.finish = "context"
+
+
+def _decide(texts: list[_Text], found: Scores, partner: Partner | None, options: Options) -> list[bool]:
+    """Whether each text calls. In the middle of a character none does that hands characters over."""
+    score = found.of(options.call_score, options.weight)
+    for place, text in enumerate(texts):
+        assert text.rule is not None, "made when the prompt was read"
+        may = partner is not None and (partner.by_ids or not text.writing.mid_character)
+        called = text.rule.decide(score[place], may)
+        of = float(found.margin[place]), float(found.uncertainty[place]), float(score[place])
+        text.decisions.append(_Decision(len(text.writing.data), *of, called))
+    return [text.decisions[-1].called for text in texts]
+
+
+def _take(model: Model, text: _Text, answer: Answer) -> bool:
+    """Join an answer on; False where there is nothing in it."""
+    if answer.failure or not (answer.ids or answer.text or answer.ended):
+        return False
+    text.partner_tokens += answer.tokens
+    if answer.ids is not None:
+        for token in answer.ids:
+            text.writing.add(token, PARTNER)
+    elif answer.text:
+        text.writing.join(answer.text, PARTNER)
+    if answer.ended:
+        text.finish = "end"
+        if model.end_id is not None:
+            text.writing.add(model.end_id, PARTNER)
+            text.ended_by = PARTNER
+    return True
+
+
+def _tell(text: _Text, on_piece: Callable[[Piece], None] | None) -> None:
+    """What is new and complete; the rest, with the last of it, when the text has ended."""
+    data = text.writing.data
+    until = len(data) if text.finish else len(data) - incomplete(data)
+    if on_piece is None or until <= text.told:
+        return
+    piece = bytes(data[text.told : until]).decode(errors="replace")
+    by = _by(text.writing.authors[text.told : until], SLM)
+    on_piece(Piece(text.index, piece, by, text.decisions[-1].missed))
+    text.told = until
+
+
+def _by(authors: bytes | bytearray, without: int) -> Author:
+    """Who wrote these bytes; `without` any, the author given."""
+    found = set(authors) - {PROMPT} or {without}
+    return "both" if len(found) > 1 else "partner" if PARTNER in found else "slm"
+
+
+def _generation(model: Model, text: _Text) -> Generation:
+    writing, decisions = text.writing, text.decisions
+    return Generation(
+        index=text.index,
+        prompt=text.prompt,
+        text=bytes(writing.data[text.prompt_bytes :]).decode(errors="replace"),
+        tokens=_tokens(model, text),
+        finish=text.finish or "length",
+        positions=len(decisions),
+        calls=sum(decision.called for decision in decisions),
+        missed=sum(decision.missed for decision in decisions),
+        partner_tokens=text.partner_tokens,
+        seconds=time.monotonic() - text.began,
+        partner_seconds=text.partner_seconds,
+        failure=text.failure,
+    )
+
+
+def _tokens(model: Model, text: _Text) -> list[Token]:
+    """The tokens that hold characters behind the prompt, each with the last decision made in it."""
+    writing = text.writing
+    first = next((place for place, end in enumerate(writing.ends) if end > text.prompt_bytes), len(writing.ends))
+    if text.ended_by is not None and first == len(writing.ends):
+        first -= 1  # the end token alone
+    ends = np.array(writing.ends[first:], np.int64)
+    starts = np.concatenate([[text.prompt_bytes], ends[:-1]]) if len(ends) else ends
+    decided = dict(
+        zip(np.searchsorted(ends, [d.at for d in text.decisions], side="right"), text.decisions, strict=True)
+    )
+    if text.ended_by is not None and text.decisions[-1].at == len(writing.data):
+        decided[len(ends) - 1] = text.decisions[-1]  # the end token has no bytes
+    data = bytes(writing.data)
+    tokens = []
+    shown = text.prompt_bytes
+    for place, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        until = len(data) if place == len(ends) - 1 else end - _open(data, int(end))
+        until = max(until, shown)
+        decision = decided.get(place)
+        told = {} if decision is None else {name: getattr(decision, name) for name in _SCORES}
+        tokens.append(
+            Token(
+                id=writing.ids[first + place],
+                text=data[shown:until].decode(errors="replace"),
+                by=_by(writing.authors[start:end], text.ended_by or SLM),
+                called=bool(decision and decision.called),
+                missed=bool(decision and decision.missed),
+                **{name: value for name, value in told.items() if math.isfinite(value)},
+            )
+        )
+        shown = until
+    return tokens
+
+
+def _open(data: bytes, end: int) -> int:
+    """How many bytes before `end` begin a character that is complete only behind it."""
+    return incomplete(data[max(0, end - 4) : end]) if end < len(data) and data[end] & 0xC0 == 0x80 else 0

@@ -1,0 +1,172 @@
+"""A model that reads several texts, each at its own pace, and remembers what it has read.
+
+Keys and values of a text lie in a slot of its own, at the positions of its tokens, so a text can be read on, shortened
+(tokens that were read anew after a join), or replaced by another, without touching its neighbours; and any of the slots
+can read together. What stands in a slot beyond its text is never looked at.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from cascade.errors import CascadeError
+from cascade.model import Model
+
+GROW = 128  # positions by which slots grow at least
+PADDING = 4  # positions of padding in a pass that cost less than another pass
+
+
+class Reader:
+    """`slots` texts and what the model has read of them; with `remember` off it reads everything anew each time.
+
+    Raises CascadeError for a model whose memory is no list of keys and values.
+    """
+
+    def __init__(self, model: Model, slots: int, *, remember: bool = True):
+        self.model = model
+        self._config = model.network.config.get_text_config()
+        self._remember = remember
+        self._ids: list[list[int]] = [[] for _ in range(slots)]
+        self._call = _Call()
+        kinds = set(getattr(self._config, "layer_types", None) or ["full_attention"])
+        if not kinds <= {"full_attention", "sliding_attention"} or getattr(self._config, "num_hidden_layers", 0) == 0:
+            raise CascadeError(
+                f"{model.folder} has layers without keys and values ({', '.join(sorted(kinds))}): serve it with vLLM"
+            )
+        self._cache = Cache(layers=[_Layer(self._call, slots) for _ in range(self._config.num_hidden_layers)])
+
+    def read(self, slots: Sequence[int], texts: Sequence[list[int]], last: int = 1) -> torch.Tensor:
+        """Logits (len(slots), last, V) float32 behind the last tokens of texts, given whole, as ids with their begin.
+
+        What a slot has read of its text before is not read again. Of shorter texts, the first of `last` are NaN.
+        """
+        known = [self._known(slot, ids, last) for slot, ids in zip(slots, texts, strict=True)]
+        new = [len(ids) - start for ids, start in zip(texts, known, strict=True)]
+        found: dict[int, torch.Tensor] = {}
+        for group in _alike(new):
+            logits = self._forward(
+                [slots[i] for i in group], [texts[i] for i in group], [known[i] for i in group], last
+            )
+            found |= zip(group, logits, strict=True)
+        return torch.stack([found[place] for place in range(len(slots))])
+
+    @torch.inference_mode()
+    def _forward(self, slots: list[int], texts: list[list[int]], known: list[int], last: int) -> torch.Tensor:
+        """As `read`, in one pass; `known` first tokens of each text are in its slot."""
+        most = max(len(ids) - start for ids, start in zip(texts, known, strict=True))
+        device = self.model.device
+        pad = torch.tensor([most - (len(ids) - start) for ids, start in zip(texts, known, strict=True)])
+        block = [[0] * n + ids[start:] for n, ids, start in zip(pad.tolist(), texts, known, strict=True)]
+        place = torch.arange(most) + (torch.tensor(known) - pad)[:, None]  # (b, Q)
+        place = place.where(torch.arange(most) >= pad[:, None], -1).to(device)
+        self._call.slots = torch.tensor(slots, device=device)
+        self._call.every = slots == list(range(len(self._ids)))
+        self._call.places, self._call.length = place, max(map(len, texts))
+        position = place.clamp(min=0)
+        for slot in slots:
+            self._ids[slot] = []  # should this fail
+        out = self.model.network(
+            input_ids=torch.tensor(block, device=device),
+            attention_mask=self._mask(position, self._call.length),
+            position_ids=position,
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=min(last, most),
+        )
+        for slot, ids in zip(slots, texts, strict=True):
+            self._ids[slot] = list(ids) if self._remember else []
+        logits = out.logits.float()
+        blank = torch.arange(most - logits.shape[1], most) < pad[:, None]
+        logits = logits.masked_fill(blank.to(device)[..., None], torch.nan)
+        missing = logits.new_full((len(slots), last - logits.shape[1], logits.shape[2]), torch.nan)
+        return torch.cat([missing, logits], dim=1)
+
+    def _known(self, slot: int, ids: list[int], last: int) -> int:
+        """How many of a text's first tokens need not be read: at least the last one must, for its logits."""
+        before = self._ids[slot]
+        most = min(len(before), len(ids) - last if last == 1 else 0)
+        if before[:most] == ids[:most]:
+            return most
+        return next(place for place in range(most) if before[place] != ids[place])
+
+    def _mask(self, position: torch.Tensor, length: int) -> Any:
+        """What each position may look at: (b, 1, Q, length) bool, for each kind of layer where there are several."""
+        key = torch.arange(length, device=position.device)
+        full = key <= position[..., None]
+        window = getattr(self._config, "sliding_window", None)
+        kinds = getattr(self._config, "layer_types", None)
+        near = full & (key > position[..., None] - window) if window else full
+        if kinds:
+            masks = {"full_attention": full[:, None], "sliding_attention": near[:, None]}
+            return masks if "sliding_attention" in kinds else masks["full_attention"]
+        return near[:, None]
+
+
+class _Call:
+    """What the layers need to know of the forward pass in hand."""
+
+    slots: torch.Tensor  # (b,)
+    every: bool  # all of them, in order
+    places: torch.Tensor  # (b, Q), -1 for padding
+    length: int  # of the longest text
+
+
+class _Layer(CacheLayerMixin):
+    """Keys and values of one layer, (slots, heads, positions + 1, width); the last position takes what is padding."""
+
+    is_sliding = False
+
+    def __init__(self, call: _Call, slots: int):
+        super().__init__()
+        self._call, self._slots = call, slots
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.keys = key_states.new_zeros(self._slots, key_states.shape[1], 1, key_states.shape[-1])
+        self.values = value_states.new_zeros(self._slots, value_states.shape[1], 1, value_states.shape[-1])
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None and self.values is not None, "initialised"
+        call = self._call
+        self.keys, self.values = _grown(self.keys, call.length), _grown(self.values, call.length)
+        rows = call.slots[:, None]
+        self.keys[rows, :, call.places] = key_states.transpose(1, 2)
+        self.values[rows, :, call.places] = value_states.transpose(1, 2)
+        if call.every:
+            return self.keys[:, :, : call.length], self.values[:, :, : call.length]
+        return self.keys[call.slots, :, : call.length], self.values[call.slots, :, : call.length]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self._call.length, 0
+
+    def get_seq_length(self) -> int:
+        return self._call.length - self._call.places.shape[1]
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+def _alike(new: list[int]) -> Iterator[list[int]]:
+    """Places of texts with about as much to read, so that little of a pass is padding."""
+    group: list[int] = []
+    for place in sorted(range(len(new)), key=new.__getitem__):
+        if group and new[place] > 2 * new[group[0]] + PADDING:
+            yield group
+            group = []
+        group.append(place)
+    yield group
+
+
+def _grown(memory: torch.Tensor, length: int) -> torch.Tensor:
+    """With room for `length` positions, and one for padding."""
+    have = memory.shape[2] - 1
+    if have >= length:
+        return memory
+    more = max(length, have + have // 2, have + GROW) - have
+    return torch.cat([memory, memory.new_zeros(*memory.shape[:2], more, memory.shape[3])], dim=2)

@@ -1,0 +1,95 @@
+"""Models and servers for the tests of partners: real ones, made small.
+
+python -m tests.cascade.serving          a server of completions that says " 17." to everything, on a free port
+"""
+
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tests.labelers.faulty_proxy import FaultyProxy
+
+ROOT = Path(__file__).parents[2]
+
+
+def write_model(
+    folder: Path, texts: list[str], *, entries: int = 600, context: int = 128, spread: float = 0.6, learn: str = ""
+) -> Path:
+    """A Llama of two layers in a folder, with a byte-level BPE trained on `texts`: <|endoftext|> 0, <CALL> 1.
+
+    spread  of its random weights: wide enough that it does not repeat itself
+    learn   a text that it is trained on, with the end behind it, until it writes it by heart; "" for none
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from pipeline.tokenizer import train
+    from tests.pipeline import corpora
+
+    rows = [{"id": str(number), "text": text} for number, text in enumerate(texts)]
+    corpus = corpora.write(folder.parent / f"{folder.name}.jsonl", rows)
+    _, entries = train([str(corpus)], folder, vocab_size=entries)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=entries,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=context,
+        initializer_range=0.1 if learn else spread,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    network = LlamaForCausalLM(config)
+    if learn:
+        from tokenizers import Tokenizer
+
+        ids = torch.tensor([[0, *Tokenizer.from_file(str(folder / "tokenizer.json")).encode(learn).ids, 0]])
+        optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
+        for _ in range(200):
+            loss = network(input_ids=ids, labels=ids).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if loss < 0.01:
+                break
+        assert loss < 0.02, "it has not learnt its text"
+    network.save_pretrained(str(folder))
+    return folder
+
+
+def completion(path: str, body: Any) -> tuple[int, Any]:
+    """What a server of completions says that has one model, "made", which writes one token, " 17."."""
+    if path == "/v1/models":
+        return 200, {"object": "list", "data": [{"id": "made", "object": "model"}]}
+    return 200, answered(" 17.")
+
+
+def answered(text: Any, finish: str = "length", tokens: int = 1) -> dict[str, Any]:
+    choice = {"index": 0, "text": text, "logprobs": None, "finish_reason": finish}
+    return {"object": "text_completion", "choices": [choice], "usage": {"completion_tokens": tokens}}
+
+
+@contextmanager
+def server_process() -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """The base URL of a server in a process of its own, and the process."""
+    process = subprocess.Popen([sys.executable, "-m", __name__], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        yield process.stdout.readline().strip(), process
+    finally:
+        process.kill()
+        process.wait(10)
+        process.stdout.close()
+
+
+if __name__ == "__main__":
+    with FaultyProxy(completion) as proxy:
+        print(proxy.url, flush=True)
+        signal.pause()
