@@ -11,6 +11,7 @@ a *budget*, a share of the positions, is held (`Quantile`).
 """
 
 import json
+from collections import deque
 from pathlib import Path
 from typing import Final, Literal, NamedTuple, get_args
 
@@ -23,7 +24,8 @@ from schemas.files import write_atomic
 
 CallScore = Literal["margin", "uncertainty", "combined"]
 CALL_SCORES: Final = get_args(CallScore)
-HORIZON: Final = 16  # positions within which a running quantile pays back what it called too much or too little
+WINDOW: Final = 32  # scores that a running quantile looks back on
+LEND, PAY = 16, 8  # positions over which it makes up for calls too many, and for calls too few
 FITTED: Final = "call.json"  # in a checkpoint's folder
 
 
@@ -53,29 +55,30 @@ class Fitted(BaseModel):
 class Quantile:
     """A running quantile over a text's own scores, that holds a budget: the share of positions at which a call is made.
 
-    A score is compared with those of the same text so far, so what one text does depends on no other. The prompt's
-    scores come first, `seen`, and are the warm-up. With g of n earlier scores higher than this one (equal ones count
+    A score is compared with the last WINDOW of the same text, so what one text does depends on no other. Those of its
+    prompt come first, `seen`, and are the warm-up. With g of n such scores higher than this one (equal ones count
     half), m positions decided and c of them called, a call is made where
 
-        g / (n + 1) < budget + (budget * m - c) / HORIZON
+        g / (n + 1) < budget + owed / h,    owed = budget * m - c,    h = LEND where owed < 0, else PAY
 
     The last term pays back: where scores drift, or have few distinct values, a plain quantile calls too much or too
-    little. After HORIZON positions the realised share is the budget's to a position or two. A budget of 0 never calls,
+    little. Calls may come in a row, as the tokens of a name do, before it lets none through. A budget of 0 never calls,
     one of 1 always.
     """
 
     def __init__(self, budget: float, seen: np.ndarray):
         self._budget = budget
-        self._seen = np.sort(np.asarray(seen, np.float32))
+        self._seen = deque(np.asarray(seen, np.float32).tolist(), maxlen=WINDOW)
         self._made = self._called = 0
 
     def decide(self, score: float, may: bool = True) -> bool:
         """Whether to call at the next position, which has this score; never where it may not, which is paid back."""
-        at, after = (int(np.searchsorted(self._seen, np.float32(score), side)) for side in ("left", "right"))
-        higher = (len(self._seen) - (at + after) / 2) / (len(self._seen) + 1)
-        owed = (self._budget * self._made - self._called) / HORIZON
-        call = may and self._budget > 0 and (self._budget == 1 or higher < self._budget + owed)
-        self._seen = np.insert(self._seen, at, score)
+        score = float(score)
+        higher = sum(seen > score for seen in self._seen) + sum(seen == score for seen in self._seen) / 2
+        owed = self._budget * self._made - self._called
+        level = self._budget + owed / (LEND if owed < 0 else PAY)
+        call = may and self._budget > 0 and (self._budget == 1 or higher / (len(self._seen) + 1) < level)
+        self._seen.append(score)
         self._made += 1
         self._called += call
         return call

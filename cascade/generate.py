@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from cascade.calls import CallScore, Fixed, Quantile, Scores, forbid, scores
+from cascade.calls import WINDOW, CallScore, Fixed, Quantile, Scores, forbid, scores
 from cascade.errors import CascadeError
 from cascade.model import Model
 from cascade.partners import Answer, Partner, Request, Sampling, pick
@@ -30,7 +30,6 @@ from cascade.vocabulary import Writing, incomplete
 
 BUDGET = 0.22  # the paper's
 NEW_TEXTS = 8  # read side by side: the logits of their warm-up are large
-WARM_UP = 64  # last positions of a prompt, whose scores a running quantile begins with
 PROMPT, SLM, PARTNER = range(3)  # authors
 _SCORES = ("margin", "uncertainty", "score")
 Finish = Literal["end", "length", "context"]
@@ -231,7 +230,7 @@ def _read(
 ) -> Iterator[torch.Tensor]:
     """(V,) logits behind each text. A text that is read for the first time gets its rule, from its prompt's scores."""
     is_new = texts[0].rule is None
-    last = WARM_UP if is_new and partner is not None and options.threshold is None else 1
+    last = WINDOW + 1 if is_new and partner is not None and options.threshold is None else 1
     logits = reader.read([t.slot for t in texts], [model.begun(t.writing.ids) for t in texts], last)
     if is_new:
         for text, found in zip(texts, logits, strict=True):

@@ -86,7 +86,7 @@ class ServerPool:
         self.urls = list(dict.fromkeys(base_url(url) for url in servers))
         self._servers = [_Server(url) for url in self.urls]
         self._concurrency, self._timeout, self._patience, self._backoff = concurrency, timeout, patience, backoff
-        self._key = _key()
+        self._key = api_key()
         self._random = random.Random()  # for jitter alone
         self._gone_since: float | None = None  # since when no server is up
         self._changed = asyncio.Event()
@@ -433,7 +433,7 @@ def pick_model(pool: ServerPool, name: str, *, exact: bool = False) -> tuple[str
     return name, min((length for length in lengths if isinstance(length, int)), default=None)
 
 
-def _key() -> str | None:
+def api_key() -> str | None:
     for name in KEYS:
         if key := os.environ.get(name, "").strip():
             if not (key.isascii() and key.isprintable()):

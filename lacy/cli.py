@@ -2,12 +2,13 @@
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated
 
 import typer
+
+from lacy import cascade_cli, running
+from lacy.running import FAILED, known_errors, quiet
 
 app = typer.Typer(
     add_completion=False,
@@ -18,10 +19,9 @@ app = typer.Typer(
     epilog="Example:  lacy label corpus/*.jsonl.gz --out labelled  then  lacy stats labelled",
 )
 models_app = typer.Typer(no_args_is_help=True, help="The embedded reference model.")
+cascade_cli.add_to(app)
 app.add_typer(models_app, name="models")
 
-FAILED, USAGE, INTERRUPTED = 1, 2, 130
-_debug = False
 _beam_options: list[str] = []  # what stands behind -- on the command line
 
 Dataset = Annotated[Path, typer.Argument(metavar="DATASET", help="A folder that lacy label wrote.")]
@@ -36,8 +36,7 @@ def _main(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and the libraries' logs.")] = False,
     version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
 ) -> None:
-    global _debug
-    _debug = debug
+    running.debug = debug
     if version:
         from lacy import __version__
 
@@ -159,9 +158,9 @@ def label(
             estimate=estimate,
         )
         if estimate:
-            run_estimate(options, policy, budget, _debug)
+            run_estimate(options, policy, budget, running.debug)
         else:
-            run_label(options, policy, budget, action, seed, _beam_options, _debug)
+            run_label(options, policy, budget, action, seed, _beam_options, running.debug)
 
 
 @app.command(epilog="Example:  lacy decide labelled --policy loss --budget 0.2")
@@ -335,59 +334,6 @@ def models_get(
         from labelers.models import get_model
 
         typer.echo(str(get_model(name, out)))
-
-
-def quiet(threads: int | None) -> None:
-    """Set before the libraries are imported; workers inherit it. None: as many threads as the libraries like."""
-    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"):
-        if threads is not None:
-            os.environ.setdefault(name, str(threads))
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true" if threads and threads > 1 else "false")
-    if not _debug:
-        import logging
-        import warnings
-
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        os.environ.setdefault("PYTHONWARNINGS", "ignore")
-        warnings.simplefilter("ignore")
-        logging.disable(logging.CRITICAL)
-
-
-@contextmanager
-def known_errors() -> Iterator[None]:
-    """A known error is one line; any other too, unless --debug."""
-    try:
-        yield
-    except (typer.Exit, typer.Abort):
-        raise
-    except KeyboardInterrupt:
-        _end("stopped; run the same command to go on", INTERRUPTED)
-    except Exception as error:
-        if _debug:
-            raise
-        usage = type(error).__name__ in ("ValidationError", "UsageError")
-        _end(_line(error), USAGE if usage else FAILED)
-
-
-def _line(error: Any) -> str:
-    if type(error).__name__ == "ValidationError":
-        first = error.errors()[0]
-        flag = "--" + str(first["loc"][0]).replace("_", "-") + ": " if first["loc"] else ""
-        return flag + first["msg"].removeprefix("Value error, ")
-    message = str(error).strip()
-    known = {"CorpusError", "DatasetError", "ModelError", "TokenizerError", "PolicyError", "RunError", "SqlError"}
-    known |= {"PipelineError", "UsageError", "TrainingError"}
-    text = message.splitlines()[0] if message else type(error).__name__
-    return text if type(error).__name__ in known else f"{type(error).__name__}: {text}"
-
-
-def _end(message: str, code: int) -> NoReturn:
-    print(f"lacy: {message}", file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # a broken run may leave threads of Beam behind that would keep the process alive
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ def run_label(
 
     have = {role: getattr(options, role) is not None for role in ("reference", "student", "judge")}
     require(policy, action, **have)
-    console = _console()
+    console = console_for_messages()
     view = _LabelProgress(console)
     started = time.monotonic()
     with view:
@@ -40,7 +40,7 @@ def run_label(
 def run_estimate(options: Any, policy: str, budget: float, debug: bool) -> None:
     from pipeline.estimate import estimate
 
-    console = _console()
+    console = console_for_messages()
     view = _LabelProgress(console)
     with view:
         found = estimate(options, policy, budget, on_start=view.start, on_progress=view.update, debug=debug)
@@ -53,7 +53,7 @@ def run_decide(
     from pipeline.decide import decide
 
     labels = decide(dataset, policy, budget=budget, action=action, name=name, seed=seed, workers=workers)
-    _tell_decided(_console(), labels)
+    _tell_decided(console_for_messages(), labels)
 
 
 def run_check(dataset: Path) -> int:
@@ -101,7 +101,7 @@ def run_train(given: dict[str, Any], file: Path | None, resume: bool) -> int | N
     from trainer.train import train
 
     config = load(given, file, resume)
-    console = _console()
+    console = console_for_messages()
     view = _TrainProgress(console)
     with view:
         outcome = train(config, view.tell)
@@ -149,7 +149,7 @@ def _hours(value: float) -> str:
     return _span(3600 * value) if value < 100 else f"{value:,.0f} h"
 
 
-def _console() -> Console:
+def console_for_messages() -> Console:
     """For messages: on stderr, as they stand, not broken into lines where there is no terminal."""
     return Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 

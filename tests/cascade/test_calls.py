@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cascade.calls import HORIZON, Fitted, Fixed, Quantile, forbid, read_fitted, scores, write_fitted
+from cascade.calls import LEND, WINDOW, Fitted, Fixed, Quantile, forbid, read_fitted, scores, write_fitted
 from cascade.errors import CascadeError
 
 
@@ -48,15 +48,15 @@ SHAPES = {
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("budget", [0.02, 0.1, 0.22, 0.5, 0.9])
 def test_the_budget_is_held(shape, budget):
-    """60 texts of 256 positions: the share after twice HORIZON is within 2 points of the budget, in each shape."""
+    """60 texts of 256 positions: the share after the first WINDOW is within 2 points of the budget, in each shape."""
     random = np.random.default_rng(0)
     made = called = 0
     for _ in range(60):
         values = SHAPES[shape](random, 20 + 256).astype(np.float32)
         rule = Quantile(budget, values[:20])
         calls = [rule.decide(value) for value in values[20:]]
-        made += 256 - 2 * HORIZON
-        called += sum(calls[2 * HORIZON :])
+        made += 256 - WINDOW
+        called += sum(calls[WINDOW:])
     assert called / made == pytest.approx(budget, abs=0.02)
 
 
@@ -65,7 +65,7 @@ def test_the_budget_is_held(shape, budget):
 def test_the_share_of_any_text_is_near_the_budget(values, budget):
     rule = Quantile(budget, np.zeros(0))
     calls = sum(rule.decide(value) for value in values)
-    assert abs(calls - budget * len(values)) <= HORIZON
+    assert abs(calls - budget * len(values)) <= LEND
 
 
 def test_the_ends_of_the_scale():

@@ -1,0 +1,65 @@
+"""How every command runs: quietly, and with errors of one line."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import typer
+
+FAILED, USAGE, INTERRUPTED = 1, 2, 130
+debug = False  # --debug was given
+
+
+def quiet(threads: int | None) -> None:
+    """Set before the libraries are imported; workers inherit it. None: as many threads as the libraries like."""
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"):
+        if threads is not None:
+            os.environ.setdefault(name, str(threads))
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true" if threads and threads > 1 else "false")
+    if not debug:
+        import logging
+        import warnings
+
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("PYTHONWARNINGS", "ignore")
+        warnings.simplefilter("ignore")
+        logging.disable(logging.CRITICAL)
+
+
+@contextmanager
+def known_errors() -> Iterator[None]:
+    """A known error is one line; any other too, unless --debug."""
+    try:
+        yield
+    except (typer.Exit, typer.Abort):
+        raise
+    except KeyboardInterrupt:
+        _end("stopped; run the same command to go on", INTERRUPTED)
+    except Exception as error:
+        if debug:
+            raise
+        usage = type(error).__name__ in ("ValidationError", "UsageError")
+        _end(_line(error), USAGE if usage else FAILED)
+
+
+def _line(error: Any) -> str:
+    if type(error).__name__ == "ValidationError":
+        first = error.errors()[0]
+        flag = "--" + str(first["loc"][0]).replace("_", "-") + ": " if first["loc"] else ""
+        return flag + first["msg"].removeprefix("Value error, ")
+    message = str(error).strip()
+    known = {"CorpusError", "DatasetError", "ModelError", "TokenizerError", "PolicyError", "RunError", "SqlError"}
+    known |= {"PipelineError", "UsageError", "TrainingError", "CascadeError"}
+    text = message.splitlines()[0] if message else type(error).__name__
+    return text if type(error).__name__ in known else f"{type(error).__name__}: {text}"
+
+
+def _end(message: str, code: int) -> NoReturn:
+    print(f"lacy: {message}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # a broken run may leave threads of Beam behind that would keep the process alive
