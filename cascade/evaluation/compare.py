@@ -53,6 +53,15 @@ STYLE: Final[Any] = {
     "grid.alpha": 0.25,
 }
 
+# What gives the results of each kind, for a run.
+COMMANDS: Final = {
+    "delegation": "lacy eval delegation {}",
+    "leakage": "lacy eval leakage {}",
+    "containment": "lacy eval leakage {} --partner MODEL",
+    "factscore": "lacy eval factscore {} --entities FILE --knowledge FILE --judge MODEL",
+    "nlu": "lacy eval nlu {} --task TASK",
+}
+
 
 @dataclass(frozen=True)
 class Units:
