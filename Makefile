@@ -29,6 +29,7 @@ bench: .venv/test.done
 	.venv/bin/python benchmarks/label.py
 	.venv/bin/python benchmarks/score.py
 	.venv/bin/python benchmarks/train.py
+	.venv/bin/python benchmarks/cascade.py
 
 lock:
 	$(PYTHON) requirements/lock.py

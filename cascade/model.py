@@ -58,7 +58,7 @@ def checkpoint(run: Path) -> Path:
         return run
     found = newest(run)
     if found is None:
-        raise CascadeError(f"{run} is no run with a checkpoint, and no model folder: lacy train makes one")
+        raise CascadeError(f"{run} is no run with a checkpoint, and no model folder: lacy train --out makes one")
     return found
 
 

@@ -18,6 +18,8 @@ from cascade.errors import CascadeError
 from lacy.commands import PLAIN_INTERVAL, console_for_messages
 from schemas.files import write_atomic
 
+PATIENCE = 60.0  # seconds without any server of a judge
+
 
 class PartnerOptions(BaseModel):
     """Who answers calls, and how much."""
@@ -137,7 +139,6 @@ def run_factscore(
     from cascade.evaluation import factscore, results
     from cascade.evaluation.answers import Remembering
     from cascade.evaluation.knowledge import open_knowledge
-    from cascade.generate import generate
     from cascade.model import results_folder
     from labelers.models import fingerprint
 
@@ -150,7 +151,7 @@ def run_factscore(
     asked = {
         "entities": names,
         "template": template,
-        "knowledge": str(knowledge),
+        "knowledge": _identity(knowledge),
         "splitter": chats["splitter"],
         "judge": chats["judge"],
         "prompts": {name: factscore.prompt(name).sha256 for name in ("split", "verify")},
@@ -160,10 +161,7 @@ def run_factscore(
     }
     saved = None if again else results.read(folder, "factscore")
     if saved is None or saved[0].options != asked:
-        with _partner(model, who, generating) as partner:
-            prompts = [template.replace("{}", name) for name in names]
-            written = list(_counted(generate(model, prompts, partner, generating), len(prompts), "generate"))
-        texts = [text.text for text in sorted(written, key=lambda text: text.index)]
+        texts = _texts(model, who, generating, names, template, folder / "factscore.texts.json")
         with _Count("passages") as count:
             source = open_knowledge(
                 knowledge, index or folder.parent / "knowledge", tell=lambda n, total: count(n, total)
@@ -200,11 +198,36 @@ def run_factscore(
         found = saved[0]
     table = _figures("factscore")
     for name, value in found.figures.items():
-        is_share = name in ("score", "init_score", "respond_ratio")
+        is_share = name in ("score", "init_score", "responded")
         table.add_row(
             name.replace("_", " "), _percent(value) if is_share else "none" if value is None else f"{value:,.4g}"
         )
     _show(found, as_json, table)
+
+
+def _texts(model: Any, who: PartnerOptions, options: Any, names: list[str], template: str, kept: Path) -> list[str]:
+    """What the cascade writes about each entity; kept, as a judge may fail after hours of writing."""
+    from cascade.generate import generate
+
+    prompts = [template.replace("{}", name) for name in names]
+    asked = {"prompts": prompts, "who": who.model_dump(), "how": options.model_dump(exclude={"batch"})}
+    try:
+        before = json.loads(kept.read_bytes())
+        if before["asked"] == asked:
+            return [str(text) for text in before["texts"]]
+    except (OSError, ValueError, LookupError, TypeError):
+        pass  # none yet, or not whole
+    with _partner(model, who, options) as partner:
+        written = list(_counted(generate(model, prompts, partner, options), len(prompts), "generate"))
+    texts = [text.text for text in sorted(written, key=lambda text: text.index)]
+    write_atomic(kept, json.dumps({"asked": asked, "texts": texts}).encode())
+    return texts
+
+
+def _identity(source: Path) -> list[Any]:
+    """Of a file or folder: names, sizes and times of its files."""
+    files = sorted(path for path in source.rglob("*") if path.is_file()) if source.is_dir() else [source]
+    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.exists()]
 
 
 def run_nlu(run: Path, tasks: list[str], place: dict[str, Any], options: dict[str, Any], as_json: bool) -> None:
@@ -309,7 +332,7 @@ def _chat(model: str, servers: list[str], trust_remote_code: bool) -> Any:
     from labelers.chat import load
 
     if servers:
-        return load("server", model, servers=[url for given in servers for url in given.split(",")])
+        return load("server", model, servers=[url for given in servers for url in given.split(",")], patience=PATIENCE)
     return load("vllm", model, trust_remote_code=trust_remote_code)
 
 
@@ -360,9 +383,9 @@ def _tables() -> Console:
 
 
 def _figures(title: str) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_header=False, pad_edge=False)
-    table.add_column()
-    table.add_column(justify="right")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    table.add_column(title)
+    table.add_column("", justify="right")
     return table
 
 

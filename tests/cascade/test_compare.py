@@ -170,7 +170,7 @@ def test_what_was_not_evaluated_is_a_dash_and_a_command(runs, tmp_path) -> None:
     found = compare([*runs, bare])
     assert set(found.rows[2].figures.values()) == {None}
     assert found.rows[2].objective is None
-    assert f"lacy eval nlu '{bare}'" in found.rows[2].hints
+    assert f"lacy eval nlu '{bare}' --task TASK" in found.rows[2].hints
     text = printed([*runs, bare])
     found_lines = [line.split() for line in text.splitlines() if line.startswith("bare run")]
     assert found_lines == 2 * [["bare", "run", *"------"]]

@@ -9,7 +9,10 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
@@ -17,7 +20,11 @@ from tests.pipeline import corpora
 
 ROOT = Path(__file__).parent.parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-NEEDS_ENGINE = r"--scorer vllm|--server|--judge"  # tests/e2e/test_engines.py and others run these for a minute each
+# tests/e2e/test_engines.py and others run these for a minute each
+NEEDS_ENGINE = r"lacy label .*(--scorer vllm|--server|--judge)"
+# make bench runs these, and tests/e2e/test_paper.py the last
+LONG = r"benchmarks/(label|score|train|mfu|cascade)\.py|experiments/paper\.py"
+TRAINED = "lacy train labelled --out trained --model tiny --context 128 --holdout 0.5 --gt-tokens 3000"
 ELSEWHERE = ("pip install", "make ", "gs://", "pre-commit")  # an installation, a cluster; make is what runs this
 
 
@@ -31,9 +38,43 @@ def commands(page: Path) -> list[str]:
     return [line for line in found if not any(word in line for word in ELSEWHERE)]
 
 
+def files(page: Path) -> dict[str, str]:
+    """Name and text: what stands below a line that ends with a file's name and a colon."""
+    return dict(
+        re.findall(r"`(\S+\.(?:txt|yaml|jsonl))`:\n\n```\w*\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+    )
+
+
+@pytest.fixture(scope="module", params=PAGES, ids=lambda page: page.name)
+def page(request) -> Path:
+    """Of this scope, so that the Python of a page comes after its commands, and finds what they wrote."""
+    return request.param
+
+
 @pytest.fixture(scope="module")
 def ran() -> set[str]:
     return set()
+
+
+@pytest.fixture(scope="module")
+def closed_server() -> Iterator[str]:
+    """The URL of a server that refuses every key."""
+
+    class Refuse(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(401)
+
+        def do_POST(self) -> None:
+            self.send_error(401)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Refuse)
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +100,11 @@ def labelled(workplace) -> None:
 
 def run(workplace: Path, command: str) -> subprocess.CompletedProcess[str]:
     bin_folder = Path(sys.executable).parent
-    environment = os.environ | {"PATH": f"{bin_folder}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {
+        "PATH": f"{bin_folder}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "HF_DATASETS_CACHE": str(workplace / ".datasets"),
+    }
     return subprocess.run(
         ["bash", "-c", command], cwd=workplace, env=environment, capture_output=True, text=True, timeout=200
     )
@@ -69,22 +114,28 @@ def as_here(command: str) -> str:
     """The small model for the reader's; the examples of `lacy label` all write to a new folder of the same name."""
     command = re.sub(r"--reference (?!none)\S+", "--reference models/small", command)
     command = re.sub(r"--gt-tokens \d+", "--gt-tokens 3000", command)
+    command = re.sub(r"--partner (?!none|http)\S+", "--partner models/small", command)
+    command = re.sub(r"^lacy compare( \w\S*)+", "lacy compare run run", command)
+    if re.match(r"lacy (generate|eval factscore)", command) and "--partner" not in command:
+        command += " --partner models/small"
     if command.startswith("lacy label"):
         command = f"rm -rf labelled && {command}" + ("" if "--reference" in command else " --reference models/small")
     return command
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_the_commands_of_a_page(workplace, ran, page):
+def test_the_commands_of_a_page(workplace, ran, page, closed_server):
     run(workplace, "rm -rf run run-*")
     found = commands(page)
+    named = {" ".join(command.split()[:2]) for command in found}
+    if named & {"lacy generate", "lacy eval"} and "lacy train" not in named:  # the page takes a run for granted
+        done = run(workplace, f"[ -d trained ] || {TRAINED} && cp -r trained run")
+        assert done.returncode == 0, done.stderr
+    for name, text in files(page).items():
+        (workplace / name).write_text(text)
     needs_tokenizer = any("my-tokenizer" in command for command in found)
     if needs_tokenizer:  # the page trains it after it is first named
         found.sort(key=lambda command: not command.startswith("lacy tokenizer"))
-    found = [
-        command for command in found if not re.search(r"benchmarks/(label|score|train|mfu)\.py", command)
-    ]  # make bench
-    for command in found:
+    for command in [command for command in found if not re.search(LONG, command)]:
         if as_here(command).startswith("rm -rf labelled") and as_here(command) in ran:
             continue  # another page's, or another's model, for which the small one stands too
         ran.add(as_here(command))
@@ -92,15 +143,20 @@ def test_the_commands_of_a_page(workplace, ran, page):
             done = run(workplace, as_here(command) + " --estimate --limit 1")
             assert "leave out --limit" in done.stderr, f"{command}\n{done.stderr}"  # read to the end, and understood
             continue
+        if "http://" in command:
+            done = run(workplace, re.sub(r"http://[^\s,]+", closed_server, as_here(command)))
+            assert done.returncode == 1 and done.stderr.startswith("lacy: "), f"{command}\n{done.stderr}"
+            assert re.search("401|refused the key", done.stderr)  # it came as far as the server
+            continue
         done = run(workplace, as_here(command))
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_python_of_a_page(workplace, page, small_model):
     for block in blocks(page, "python"):
         block = block.replace('out=Path("labelled")', f'out=Path("labelled"), reference={str(small_model)!r}')
+        block = block.replace("meta-llama/Llama-3.2-1B", str(small_model))
         if "annotate" in block:
             run(workplace, "rm -rf labelled")
         done = subprocess.run(
@@ -110,7 +166,21 @@ def test_the_python_of_a_page(workplace, page, small_model):
         assert done.returncode == 0, f"{block}\n{done.stderr}"
 
 
+def test_the_example_of_a_generation_has_its_fields():
+    from cascade.generate import Generation, Token
+
+    [example] = [json.loads(block) for block in blocks(ROOT / "docs" / "cascade.md", "json")]
+    generation = Generation.model_validate(example)
+    assert example.keys() == Generation.model_fields.keys()
+    assert all(token.keys() == Token.model_fields.keys() for token in example["tokens"])
+    assert generation.text == "".join(token.text for token in generation.tokens)
+    assert generation.calls == sum(token.called for token in generation.tokens)
+
+
 def test_links_lead_somewhere():
     for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
-        for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text()):
+        for target, place in re.findall(r"\]\((?!https?:)([^)#]+)#?([^)]*)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+            if place:
+                titles = re.findall(r"^#+ (.+)$", (page.parent / target).read_text(), re.MULTILINE)
+                assert place in [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles], place
