@@ -42,13 +42,13 @@ class Options(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     max_new_tokens: int = Field(256, ge=1)
-    temperature: float = Field(0.0, ge=0)
+    temperature: float = Field(0.0, ge=0, allow_inf_nan=False)
     top_p: float = Field(1.0, gt=0, le=1)
     seed: int = 0
     call_score: CallScore = "margin"
-    weight: float = 0.0  # of the combined score
+    weight: float = Field(0.0, allow_inf_nan=False)  # of the combined score
     budget: float | None = Field(None, ge=0, le=1)
-    threshold: float | None = None
+    threshold: float | None = Field(None, allow_inf_nan=False)
     batch: int = Field(16, ge=1)
 
     @model_validator(mode="after")

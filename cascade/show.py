@@ -96,8 +96,8 @@ class Stream:
 def write_jsonl(generations: Iterable[Generation], file: TextIO) -> None:
     """One JSON object for each text, in the order of the prompts, each as soon as those before it are there.
 
-    The fields are those of `Generation` and `Token`. All but the seconds are the same for the same input; a number
-    that is not finite is null. Texts that have ended are written even where `generations` raises.
+    The fields are those of `Generation` and `Token`. All but the seconds are the same for the same input and
+    options; a number that is not finite is null. Texts that have ended are written even where `generations` raises.
     """
     waiting: dict[int, Generation] = {}
     following = 0

@@ -1,5 +1,6 @@
 """What `lacy generate`, `lacy eval` and `lacy compare` do and print."""
 
+import io
 import json
 import sys
 import time
@@ -52,6 +53,8 @@ def run_generate(
     if form not in ("text", "jsonl", "html"):
         raise CascadeError(f"--format {form} is none of text, jsonl, html")
     asked = _prompts(prompts, file)
+    if not asked:
+        raise CascadeError("nothing to continue: there is no prompt in what was given")
     errors = console_for_messages()
     model, options = _model(run, place, how, who.partner != "none")
     with _partner(model, who, options) as partner:
@@ -73,10 +76,9 @@ def run_generate(
         elif out is None:
             show.write_jsonl(found, sys.stdout)
         else:
-            temporary = out.with_name(f".{out.name}.tmp")
-            with open(temporary, "w", encoding="utf-8") as target:
-                show.write_jsonl(found, target)
-            temporary.replace(out)
+            target = io.StringIO()
+            show.write_jsonl(found, target)
+            write_atomic(out, target.getvalue().encode())
 
 
 def run_delegation(run: Path, options: dict[str, Any], fit: bool, again: bool, as_json: bool) -> None:

@@ -7,6 +7,7 @@ facts that come out when <CALL> is forbidden); asked on documents that it was tr
 """
 
 import re
+import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -134,9 +135,9 @@ def evaluate(
 
 
 def contains(text: str, value: str) -> bool:
-    """Whether a value stands in a text as words of its own, whatever the case and the white space."""
-    words = r"\s+".join(map(re.escape, value.casefold().split()))
-    return re.search(rf"(?<!\w){words}(?!\w)", text.casefold()) is not None
+    """Whether a value stands in a text as words or a number of its own, whatever the case and the white space."""
+    words = r"\s+".join(map(re.escape, _plain(value).split()))
+    return re.search(rf"(?<!\w)(?<!\d[.,]){words}(?!\w)(?![.,]\d)", _plain(text)) is not None
 
 
 def find_pairs(labels: Labels, options: Options, context: int) -> list[Pair]:
@@ -165,6 +166,10 @@ def find_pairs(labels: Labels, options: Options, context: int) -> list[Pair]:
     if not pairs:
         raise CascadeError(f"no document of {labels.root} that is {options.documents} has a fact behind some text")
     return pairs
+
+
+def _plain(text: str) -> str:
+    return unicodedata.normalize("NFC", text).casefold()
 
 
 def _facts(

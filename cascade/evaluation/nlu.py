@@ -194,6 +194,8 @@ def _load(specs: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any], dict[st
     local: dict[str, Any] = {}
     names: list[str] = []
     for spec in specs:
+        if spec.endswith((".yaml", ".yml")) and not Path(spec).is_file():
+            raise CascadeError(f"there is no file {spec}")
         found = _local(Path(spec)) if Path(spec).exists() else {}
         local |= found
         names += list(found) or [spec]
