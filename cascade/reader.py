@@ -31,10 +31,8 @@ class Reader:
         self._ids: list[list[int]] = [[] for _ in range(slots)]
         self._call = _Call()
         kinds = set(getattr(self._config, "layer_types", None) or ["full_attention"])
-        if not kinds <= {"full_attention", "sliding_attention"} or getattr(self._config, "num_hidden_layers", 0) == 0:
-            raise CascadeError(
-                f"{model.folder} has layers without keys and values ({', '.join(sorted(kinds))}): serve it with vLLM"
-            )
+        if getattr(model.network, "_is_stateful", False) or not kinds <= {"full_attention", "sliding_attention"}:
+            raise CascadeError(f"{model.folder} has layers without keys and values: let vLLM run it, or a server")
         self._cache = Cache(layers=[_Layer(self._call, slots) for _ in range(self._config.num_hidden_layers)])
 
     def read(self, slots: Sequence[int], texts: Sequence[list[int]], last: int = 1) -> torch.Tensor:

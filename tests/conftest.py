@@ -3,9 +3,12 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.forks import Forks
 
 for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
@@ -49,6 +52,14 @@ def dev_data() -> Path:
     if not folder or not (Path(folder) / "dwiki-dev.jsonl.gz").exists():
         pytest.skip("LACY_DEV_DATA names no folder with dwiki-dev.jsonl.gz")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def lacy(tmp_path_factory) -> Iterator[Forks]:
+    """The real command, quickly."""
+    forks = Forks(tmp_path_factory.mktemp("forks"))
+    yield forks
+    forks.close()
 
 
 def told(done: subprocess.CompletedProcess[str]) -> list[str]:

@@ -116,5 +116,13 @@ def test_a_failed_pass_is_not_remembered(tmp_path, monkeypatch):
 def test_a_model_without_keys_and_values(tmp_path):
     model = models.opened(tmp_path, TOKENIZER, models.llama(TOKENIZER, 1))
     model.network.config.layer_types = ["linear_attention", "full_attention"]
-    with pytest.raises(CascadeError, match="serve it with vLLM"):
+    with pytest.raises(CascadeError, match="let vLLM run it"):
         Reader(model, 1)
+
+
+def test_a_model_with_a_state(tmp_path):
+    from transformers import MambaConfig, MambaForCausalLM
+
+    config = MambaConfig(vocab_size=SIZE, hidden_size=32, num_hidden_layers=1, state_size=4)
+    with pytest.raises(CascadeError, match="let vLLM run it"):
+        Reader(models.opened(tmp_path, TOKENIZER, MambaForCausalLM(config)), 1)

@@ -6,8 +6,7 @@ import pty
 import re
 import shutil
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,58 +26,6 @@ TALES = [marked(f"tale-{number}", tale(number), TOKENIZER) for number in range(4
 PROMPT = f"{BEGIN} Odra Venn the 3 was"
 QUICK = ["--new-tokens", 8]
 OFFLINE = os.environ | {"HF_HUB_OFFLINE": "1"}
-
-# The command again and again, each time in a process that has its imports already.
-FORKS = """
-import gc, json, os, signal, sys
-from lacy.running import quiet
-quiet(None)
-import lm_eval.evaluator, sklearn.metrics
-import cascade.evaluation.compare, cascade.evaluation.leakage, cascade.evaluation.nlu, lacy.cascade_commands
-import trainer.train
-from transformers.models.gpt2 import modeling_gpt2
-from transformers.models.llama import modeling_llama
-from lacy.cli import main
-gc.freeze()
-for line in sys.stdin:
-    arguments, files = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        signal.alarm(120)
-        for number, (path, flags) in enumerate(zip(files, (os.O_RDONLY, *[os.O_WRONLY | os.O_CREAT | os.O_TRUNC] * 2))):
-            os.dup2(os.open(path, flags | os.O_NOCTTY), number)
-        sys.stdin, sys.argv = open(0), ["lacy", *arguments]
-        try:
-            main()
-        except SystemExit as end:  # without the seconds that it takes to clear up
-            sys.stdout.flush()
-            os._exit(end.code or 0)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-Lacy = Callable[..., subprocess.CompletedProcess[str]]
-
-
-@pytest.fixture(scope="module")
-def lacy(tmp_path_factory) -> Iterator[Lacy]:
-    """`run_lacy`, without the seconds that the imports take; `stdin` is a path."""
-    folder = tmp_path_factory.mktemp("told")
-    environment = OFFLINE | {"HF_DATASETS_CACHE": str(folder / "datasets"), "COLUMNS": "100"}
-    process = subprocess.Popen(
-        [sys.executable, "-c", FORKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-    )
-    assert process.stdin and process.stdout
-
-    def run(*arguments: object, stdin: str = os.devnull) -> subprocess.CompletedProcess[str]:
-        out, error = folder / "stdout", folder / "stderr"
-        print(json.dumps([[*map(str, arguments)], [stdin, str(out), str(error)]]), file=process.stdin, flush=True)
-        code = int(process.stdout.readline())
-        return subprocess.CompletedProcess(list(arguments), code, out.read_text(), error.read_text())
-
-    yield run
-    process.stdin.close()
-    process.wait(10)
-    process.stdout.close()
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import gzip
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from threading import Thread
 
 import pytest
 
+from tests.forks import Forks
 from tests.pipeline import corpora
 
 ROOT = Path(__file__).parent.parent.parent
@@ -98,6 +100,13 @@ def labelled(workplace) -> None:
     run(workplace, "rm -rf labelled gold && cp -r before labelled")
 
 
+def quickly(lacy: Forks, workplace: Path, command: str) -> subprocess.CompletedProcess[str]:
+    """As `run`, and without the imports where the command is one of ours, with no need of a shell."""
+    if not re.match(r"lacy (?!label|tokenizer|models)", command) or re.search(r"&&|[|>]", command):
+        return run(workplace, command)
+    return lacy(*shlex.split(command)[1:], cwd=workplace)
+
+
 def run(workplace: Path, command: str) -> subprocess.CompletedProcess[str]:
     bin_folder = Path(sys.executable).parent
     environment = os.environ | {
@@ -123,7 +132,7 @@ def as_here(command: str) -> str:
     return command
 
 
-def test_the_commands_of_a_page(workplace, ran, page, closed_server):
+def test_the_commands_of_a_page(workplace, ran, page, closed_server, lacy):
     run(workplace, "rm -rf run run-*")
     found = commands(page)
     named = {" ".join(command.split()[:2]) for command in found}
@@ -144,11 +153,11 @@ def test_the_commands_of_a_page(workplace, ran, page, closed_server):
             assert "leave out --limit" in done.stderr, f"{command}\n{done.stderr}"  # read to the end, and understood
             continue
         if "http://" in command:
-            done = run(workplace, re.sub(r"http://[^\s,]+", closed_server, as_here(command)))
+            done = quickly(lacy, workplace, re.sub(r"http://[^\s,]+", closed_server, as_here(command)))
             assert done.returncode == 1 and done.stderr.startswith("lacy: "), f"{command}\n{done.stderr}"
             assert re.search("401|refused the key", done.stderr)  # it came as far as the server
             continue
-        done = run(workplace, as_here(command))
+        done = quickly(lacy, workplace, as_here(command))
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         assert "Traceback" not in done.stderr
 

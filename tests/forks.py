@@ -1,0 +1,67 @@
+"""The command `lacy` again and again, each time in a process that has its imports already."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+FORKS = """
+import gc, json, os, signal, sys
+from lacy.running import quiet
+quiet(None)
+import lm_eval.evaluator, sklearn.metrics
+import cascade.evaluation.compare, cascade.evaluation.leakage, cascade.evaluation.nlu, lacy.cascade_commands
+import trainer.train
+from transformers.models.gpt2 import modeling_gpt2
+from transformers.models.llama import modeling_llama
+from lacy.cli import main
+gc.freeze()
+for line in sys.stdin:
+    arguments, files, folder = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(200)
+        os.chdir(folder)
+        for number, (path, flags) in enumerate(zip(files, (os.O_RDONLY, *[os.O_WRONLY | os.O_CREAT | os.O_TRUNC] * 2))):
+            os.dup2(os.open(path, flags | os.O_NOCTTY), number)
+        sys.stdin, sys.argv = open(0), ["lacy", *arguments]
+        try:
+            main()
+        except SystemExit as end:  # without the seconds that it takes to clear up
+            sys.stdout.flush()
+            os._exit(end.code or 0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+class Forks:
+    """Runs commands as `tests.conftest.run_lacy` does, without the seconds that the imports take."""
+
+    def __init__(self, folder: Path):
+        """Output passes through files in `folder`."""
+        self._files = folder / "stdout", folder / "stderr"
+        environment = os.environ | {
+            "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "datasets"), "COLUMNS": "100",
+        }  # fmt: skip
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", FORKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+
+    def __call__(
+        self, *arguments: object, stdin: str = os.devnull, cwd: Path | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """`stdin` is a path."""
+        assert self._process.stdin and self._process.stdout
+        files = [stdin, *map(str, self._files)]
+        asked = [[*map(str, arguments)], files, str(cwd or Path.cwd())]
+        print(json.dumps(asked), file=self._process.stdin, flush=True)
+        code = int(self._process.stdout.readline())
+        out, error = (path.read_text() for path in self._files)
+        return subprocess.CompletedProcess(list(arguments), code, out, error)
+
+    def close(self) -> None:
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.close()
+        self._process.wait(10)
+        self._process.stdout.close()
