@@ -392,7 +392,7 @@ COLUMNS: Final = (
         _prompts("contained"),
     ),
     Column(
-        "containment", "called", "called", "share of tokens that were called for there.", _prompts("calls", "tokens")
+        "containment", "called", "called", "share of its positions that asked the partner.", _prompts("calls", "tokens")
     ),
     Column("factscore", "score", "FActScore", "facts of a text that the knowledge source supports.", _entities),
     Column("nlu", "average", "NLU", "mean over tasks of acc_norm or acc, <CALL> forbidden.", _questions),
