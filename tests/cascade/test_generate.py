@@ -135,7 +135,7 @@ def test_sampling_depends_on_the_seed_and_the_place_alone(slm, large):
     assert texts != [text.text for text in run(slm, in_process(large, slm, other), other)]
 
 
-@pytest.mark.parametrize("budget", [0.1, 0.22, 0.5])
+@pytest.mark.parametrize("budget", [0.22, *(pytest.param(budget, marks=pytest.mark.slow) for budget in (0.1, 0.5))])
 @pytest.mark.parametrize("score", ["margin", "uncertainty"])
 def test_the_budget_is_held_on_200_prompts(slm, large, budget, score):
     random = np.random.default_rng(0)

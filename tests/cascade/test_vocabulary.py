@@ -39,7 +39,7 @@ def sound(writing: Writing) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.lists(TEXT, min_size=1, max_size=4))
 @example(["born in 19", "45", " in"])
 @example(["", " Odra", "", "é"])
@@ -58,7 +58,7 @@ def test_joined_text_is_the_text(kind, texts):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.lists(TEXT, min_size=1, max_size=4))
 def test_joined_tokens_are_those_of_the_whole_text(kind, texts):
     """Where nothing but characters was ever added, the tokens are the tokenizer's own."""
@@ -69,7 +69,7 @@ def test_joined_tokens_are_those_of_the_whole_text(kind, texts):
 
 
 @pytest.mark.parametrize("kind", ["bytes", "small", "other"])
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(TEXT, st.lists(st.one_of(st.integers(0, 10**6), TEXT), max_size=12))
 def test_tokens_and_text_in_any_order(kind, prompt, steps):
     """What a model writes need not be how its tokenizer cuts, nor even UTF-8: it stays, and the bytes are the text."""
