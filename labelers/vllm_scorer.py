@@ -15,6 +15,7 @@ process's threads; a process can hold only one such engine at a time.
 
 import importlib.util
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -216,6 +217,7 @@ def open_engine(model: str, dtype: str, threads: int, trust_remote_code: bool, s
         try:
             from vllm import LLM
 
+            hide_from_kernel_search()
             return LLM(model, **shared | settings)
         except (ImportError, OSError, RuntimeError, ValueError) as error:
             raise ModelError(f"vLLM cannot load {model!r}: {' '.join(str(error).split())[:300]}") from error
@@ -229,3 +231,13 @@ def close_engine(llm: Any) -> None:
         from vllm.distributed import cleanup_dist_env_and_memory
 
         cleanup_dist_env_and_memory()
+
+
+def hide_from_kernel_search() -> None:
+    """Let vLLM's CPU platform load where numba was imported before it.
+
+    It asks the `__dict__` of every object in every module for a kernel, and llvmlite's library answers to any name,
+    that one too, with a function. Its table of functions seen is asked first.
+    """
+    if ffi := sys.modules.get("llvmlite.binding.ffi"):
+        ffi.lib._fntab.setdefault("__dict__", {})

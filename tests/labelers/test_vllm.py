@@ -58,7 +58,8 @@ def load_vllm(folder: Path, dtype: str = "float32", **settings: object) -> VllmS
 
 @pytest.fixture(scope="session")
 def engine(folder: Path) -> Iterator[VllmScorer]:
-    """The one engine of the session, but for the slow test, which comes after it."""
+    """The one engine of the session, but for the slow test, which comes after it; numba was there before it."""
+    pytest.importorskip("numba")
     scorer = load_vllm(folder, window=CONTEXT, overlap=OVERLAP, max_batch_tokens=50)  # so that prompts are cut up
     assert scorer.window == WINDOW
     yield scorer

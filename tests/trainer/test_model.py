@@ -148,7 +148,7 @@ def test_transformers_and_vllm_open_a_checkpoint_and_agree(tmp_path, dataset):
     assert vllm_continues(folder, prompts) == theirs
 
 
-# In a process of its own: an engine shares torch's state with whatever ran before it.
+# In a process of its own: a process holds only one CPU engine at a time.
 VLLM = """
 import json, sys
 from vllm import SamplingParams
