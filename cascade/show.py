@@ -6,6 +6,7 @@ visible mark; line ends and tabs stay. JSONL holds the text as it is, with these
 
 import math
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Final, TextIO
 
@@ -15,6 +16,7 @@ from rich.text import Text
 
 from cascade.errors import CascadeError
 from cascade.generate import Author, Finish, Generation, Piece, Token
+from schemas.printable import BIDI, printable
 
 PROMPT: Final = "dim"
 STYLES: Final[dict[Author, str]] = {"slm": "", "partner": "bold cyan", "both": "italic magenta"}
@@ -24,19 +26,8 @@ _FINISHES: Final[dict[Finish, str]] = {
     "length": "as long as was asked for",
     "context": "the model's context is full",
 }
-_BIDI = [0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
-_MARKS = str.maketrans(
-    {code: chr(0x2400 + code) for code in range(0x20)}  # U+241B is the picture of U+001B, ESC
-    | dict.fromkeys([*range(0x80, 0xA0), *_BIDI, *range(0xD800, 0xE000)], "\N{REPLACEMENT CHARACTER}")
-    | dict.fromkeys([0x85, 0x2028, 0x2029], "\n")
-    | {0x7F: "\N{SYMBOL FOR DELETE}", ord("\n"): "\n", ord("\t"): "\t"}
-)
-_ESCAPES = str.maketrans({code: f"\\u{code:04x}" for code in [*range(0x7F, 0xA0), *_BIDI, 0x2028, 0x2029]})
-
-
-def printable(text: str) -> str:
-    """`text` with a visible mark for each control character but line ends and tabs. Joiners and accents stay."""
-    return text.translate(_MARKS)
+_ESCAPES = str.maketrans({code: f"\\u{code:04x}" for code in [*range(0x7F, 0xA0), *BIDI, 0x2028, 0x2029]})
+_printable = partial(printable, keep_lines=True)
 
 
 def text(generations: Iterable[Generation], console: Console, errors: Console) -> None:
@@ -51,11 +42,11 @@ def text(generations: Iterable[Generation], console: Console, errors: Console) -
         if number:
             console.file.write("\n")
         if not console.is_terminal:
-            console.file.write(printable(generation.prompt + generation.text) + "\n")
+            console.file.write(_printable(generation.prompt + generation.text) + "\n")
             console.file.flush()
             errors.print(_cost(generation, numbered=True), soft_wrap=True)
             continue
-        shown = Text(printable(generation.prompt), style=PROMPT)
+        shown = Text(_printable(generation.prompt), style=PROMPT)
         shown = Text.assemble(shown, *(_styled(token) for token in generation.tokens))
         console.print(shown)
         console.print(_cost(generation), style="dim")
@@ -87,9 +78,9 @@ class Stream:
 
     def _write(self, characters: str, style: str) -> None:
         if self._console.is_terminal:
-            self._console.out(printable(characters), style=style, end="", highlight=False)
+            self._console.out(_printable(characters), style=style, end="", highlight=False)
         else:
-            self._console.file.write(printable(characters))
+            self._console.file.write(_printable(characters))
             self._console.file.flush()
 
 
@@ -131,7 +122,7 @@ def html(generations: Iterable[Generation], title: str) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["printable"] = printable
+    environment.filters["printable"] = _printable
     template = environment.from_string(Path(__file__).with_name("generations.html").read_text(encoding="utf-8"))
     return template.render(
         title=title,
@@ -149,7 +140,7 @@ def html(generations: Iterable[Generation], title: str) -> str:
 
 def _styled(token: Token) -> Text:
     """White space in front of a missed token is not underlined."""
-    shown = printable(token.text)
+    shown = _printable(token.text)
     if not token.missed:
         return Text(shown, style=STYLES[token.by])
     word = shown.lstrip()
@@ -173,7 +164,7 @@ def _cost(generation: Generation, numbered: bool = False) -> Text:
         _count(generation.partner_tokens, "partner token"),
     ]
     if generation.missed:
-        reason = " ".join(printable(generation.failure or "").split())
+        reason = " ".join(_printable(generation.failure or "").split())
         told.append(f"{generation.missed:,} missed" + (f" ({reason})" if reason else ""))
     told.append(f"{generation.seconds:.1f} s, {generation.partner_seconds:.1f} of them for the partner")
     told.append(_FINISHES[generation.finish])
@@ -195,7 +186,7 @@ def _ranked(generation: Generation) -> list[dict[str, object]]:
     ranks = np.searchsorted(known, scores) / max(1, len(known) - 1)
     return [
         {
-            "text": printable(token.text),
+            "text": _printable(token.text),
             "kind": "missed" if token.missed else token.by,
             "title": _title(token),
             "rank": f"{rank:.2f}" if token.by == "slm" and not token.missed and math.isfinite(score) else None,

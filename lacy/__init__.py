@@ -7,7 +7,10 @@ __version__ = version("lacy")
 
 
 def connect(dataset: Any) -> Any:
-    """A DuckDB connection with the views of a dataset: documents, tokens, labels, parts (see stats.connect)."""
+    """A DuckDB connection with the views of a dataset, a folder or a URL: documents, tokens, labels, parts.
+
+    It reads the files of the dataset and can open nothing else (see stats.connect, and docs/queries.md).
+    """
     from stats.connect import connect as _connect
 
     return _connect(dataset)

@@ -25,7 +25,11 @@ app.add_typer(models_app, name="models")
 _beam_options: list[str] = []  # what stands behind -- on the command line
 
 Dataset = Annotated[Path, typer.Argument(metavar="DATASET", help="A folder that lacy label wrote.")]
+Readable = Annotated[str, typer.Argument(metavar="DATASET", help="A folder that lacy label wrote, or its URL.")]
 Budget = Annotated[float, typer.Option(min=0, max=1, help="Share of all tokens that may be chosen, 0 to 1.")]
+Where = Annotated[
+    str | None, typer.Option(metavar="CONDITION", help="SQL on the columns of the view labels: only these tokens.")
+]
 Policy = Annotated[str, typer.Option(help="lacy, loss, rho, gain, judge, factual, random or none (docs/policies.md).")]
 Action = Annotated[str, typer.Option(help="What becomes of chosen tokens: delegate, or ignore to mask them.")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Processes; default: one for each core.")]
@@ -192,30 +196,81 @@ def check(dataset: Dataset) -> None:
         raise typer.Exit(FAILED)
 
 
-@app.command(epilog="Example:  lacy stats labelled --labels lacy")
+@app.command(
+    epilog="Examples:  lacy stats labelled --labels loss   lacy stats labelled --by ent_type "
+    "--where \"source LIKE 'wiki%' AND ref_nll > 3\""
+)
 def stats(
-    dataset: Dataset,
+    dataset: Readable,
     labels: Annotated[str | None, typer.Option(help="The label set to look at; default: lacy, or the first.")] = None,
+    where: Where = None,
+    by: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="A table of the values of a column of labels.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Tables: shares by part of speech and entity type, losses, the words most often delegated."""
+    """Tables: shares by part of speech and entity type, losses, budgets, how label sets agree, words."""
     with known_errors():
         from lacy.commands import run_stats
 
-        run_stats(dataset, labels, json)
+        run_stats(dataset, labels, where, by, json)
+
+
+@app.command(
+    epilog="Examples:  lacy report labelled --out report.html   lacy report labelled --out short.html "
+    "--where \"ent_type = 'DATE'\" --documents 10"
+)
+def report(
+    dataset: Readable,
+    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
+    labels: Annotated[
+        str | None, typer.Option(help="The label set to begin with; default: lacy, or the first.")
+    ] = None,
+    where: Where = None,
+    documents: Annotated[int, typer.Option(min=0, help="How many documents can be read in it.")] = 50,
+    document: Annotated[
+        list[str] | None, typer.Option(metavar="DOC_ID", help="This document, and others asked for so.")
+    ] = None,
+) -> None:
+    """One page about a dataset, to open in a browser and to send: figures, charts, and documents to read."""
+    with known_errors():
+        from lacy.commands import run_report
+
+        run_report(dataset, out, labels, where, documents, document or [])
 
 
 @app.command(epilog='Example:  lacy sql labelled "SELECT pos, avg(ref_nll) FROM tokens GROUP BY pos"')
 def sql(
-    dataset: Dataset,
-    query: Annotated[str, typer.Argument(metavar="QUERY", help="SQL over documents, tokens, labels, parts.")],
-    format: Annotated[str, typer.Option("--format", help="table, csv or json.")] = "table",
+    dataset: Annotated[str, typer.Argument(metavar="DATASET", help="A folder that lacy label wrote, or its URL.")],
+    query: Annotated[
+        str | None,
+        typer.Argument(metavar="QUERY", help="SQL over documents, tokens, labels, parts. Without: a prompt, or stdin."),
+    ] = None,
+    format: Annotated[str, typer.Option("--format", help="table, csv, json or parquet.")] = "table",
+    out: Annotated[Path | None, typer.Option(help="A file to write; default: stdout.")] = None,
 ) -> None:
-    """Ask DuckDB about a dataset."""
+    """Ask DuckDB about a dataset, which is only read (docs/queries.md)."""
     with known_errors():
         from lacy.commands import run_sql
 
-        run_sql(dataset, query, format)
+        run_sql(dataset, query, format, out)
+
+
+@app.command(epilog="Examples:  lacy show labelled   lacy show labelled DOC_ID --color loss")
+def show(
+    dataset: Annotated[str, typer.Argument(metavar="DATASET", help="A folder that lacy label wrote, or its URL.")],
+    doc_id: Annotated[
+        str | None, typer.Argument(metavar="DOC_ID", help="A document. Without: the beginning of two.")
+    ] = None,
+    labels: Annotated[str | None, typer.Option(help="The label set to look at; default: lacy, or the first.")] = None,
+    color: Annotated[str, typer.Option(help="Tint tokens by label or by loss.")] = "label",
+    signals: Annotated[bool, typer.Option("--signals", help="A table of its tokens, all label sets.")] = False,
+) -> None:
+    """Read a document as it was labelled, in the terminal."""
+    with known_errors():
+        from lacy.commands import run_show
+
+        run_show(dataset, doc_id, labels, color, signals)
 
 
 @app.command(epilog="Example:  lacy tokenizer corpus/*.jsonl.gz --out tokenizer --vocab-size 32000")

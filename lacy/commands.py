@@ -1,5 +1,6 @@
 """What the commands do and print: the packages do the work, this tells the user about it."""
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -71,20 +72,68 @@ def run_check(dataset: Path) -> int:
     return faults
 
 
-def run_stats(dataset: Path, labels: str | None, as_json: bool) -> None:
-    from stats.tables import compute, show
+def run_report(dataset: str, out: Path, labels: str | None, where: str | None, documents: int, ids: list[str]) -> None:
+    from stats.report import write
 
-    result = compute(dataset, labels)
+    console = console_for_messages()
+    with console.status("reading") as status:
+        write(dataset, out, labels=labels, where=where, documents=ids or documents, on_stage=status.update)
+    console.print(f"{out}: {filesize.decimal(out.stat().st_size)}")
+
+
+def run_stats(dataset: str, labels: str | None, where: str | None, by: str | None, as_json: bool) -> None:
+    from stats.compute import compute
+    from stats.tables import show
+
+    with console_for_messages().status("reading") as status:
+        result = compute(dataset, labels, where=where, by=by, on_stage=status.update)
     if as_json:
         print(result.model_dump_json(indent=1))
     else:
         show(result, Console())
 
 
-def run_sql(dataset: Path, query: str, form: str) -> None:
-    from stats.connect import run
+def run_sql(dataset: str, query: str | None, form: str, out: Path | None) -> None:
+    from schemas.manifest import at
+    from stats.answers import UsageError, answer, destination, require_format
+    from stats.connect import connect, statements
 
-    run(dataset, query, form, sys.stdout)
+    require_format(form)
+    asks = query is None and sys.stdin.isatty() and sys.stdout.isatty()
+    if asks and out is not None:
+        raise UsageError('--out needs a query: lacy sql DATASET "SELECT ..." --out FILE')
+    with connect(dataset) as connection:
+        if asks:
+            from stats.prompt import prompt
+
+            prompt(connection, form, sys.stdout)
+            return
+        if query is None:
+            found = statements(sys.stdin.read())
+            if len(found) != 1 and (out is not None or form == "parquet"):
+                raise UsageError(f"{len(found)} statements: give one for {'--out' if out else '--format parquet'}")
+        else:
+            found = [query]
+        try:
+            with destination(out, at(dataset)) as file:
+                for statement in found:
+                    answer(connection, statement, form, file, session=len(found) > 1)
+        except BrokenPipeError:  # the reader, head or less, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def run_show(dataset: str, doc_id: str | None, labels: str | None, color: str, signals: bool) -> None:
+    from stats.answers import UsageError
+    from stats.show import paged, render, show
+
+    if signals and doc_id is None:
+        raise UsageError("--signals needs a document: lacy show DATASET DOC_ID --signals")
+    console = Console(highlight=False)
+    with paged(console):
+        if doc_id is None:
+            render(dataset, labels=labels, color=color, console=console)  # type: ignore[arg-type]
+        else:
+            show(dataset, doc_id, labels=labels, color=color, signals=signals, console=console)  # type: ignore[arg-type]
 
 
 def run_tokenizer(corpus: list[str], out: Path, vocab_size: int, limit: int | None) -> None:

@@ -1,7 +1,7 @@
 """`make demo`: a first look at LaCy on real Wikipedia text, without a model hub, an account or a GPU.
 
 Fetches the embedded reference model, and a small Wikipedia dump that travels in the wheel of gensim; labels some short
-articles of it; shows the tables and some labelled lines. A second run reuses what is there.
+articles of it; shows the tables and some labelled lines, and writes the report. A second run reuses what is there.
 """
 
 import bz2
@@ -15,6 +15,7 @@ FOLDER = Path("demo")
 DUMP = FOLDER / "enwiki.xml.bz2"
 SAMPLE = FOLDER / "articles.xml"
 LABELLED = FOLDER / "labelled"
+REPORT = FOLDER / "report.html"
 WHEEL = "gensim==4.4.0"
 MEMBER = "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 PAGE_BYTES = 4_000, 16_000  # of a page in the dump: short articles, so that there are some dozen in the sample
@@ -45,9 +46,12 @@ def main() -> None:
         from stats.show import render
 
         render(LABELLED, 2, labels="lacy", console=console)
+        _step(console, f"lacy report {LABELLED} --out {REPORT}")
+        _lacy(f"report {LABELLED} --out {REPORT}")
     console.print()
     console.print("What next:", style="bold")
     for line in (
+        f"  open {REPORT} in a browser: figures, charts, and the articles to read",
         f"  .venv/bin/lacy sql {LABELLED} \"SELECT token, ref_nll FROM labels WHERE label = 'delegate' LIMIT 5\"",
         f"  .venv/bin/lacy decide {LABELLED} --policy loss    compare: the highest loss alone",
         "  .venv/bin/lacy label YOUR_CORPUS.jsonl.gz --out YOUR_DATASET",

@@ -23,7 +23,7 @@ def main() -> None:
     label = extras["dependencies"] + extras["optional-dependencies"]["label"] + [TORCH]
     test = (
         label
-        + [need for name in ("train", "eval", "dev") for need in extras["optional-dependencies"][name]]
+        + [need for name in ("train", "eval", "s3", "dev") for need in extras["optional-dependencies"][name]]
         + vllm_needs()
     )
     pins = resolve(test, [])

@@ -3,22 +3,32 @@
 import hashlib
 import os
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 TEMPORARY = ".tmp"
 
 
 def write_atomic(path: Path, data: bytes | memoryview) -> None:
-    """Write `data` under a temporary name beside `path`, flush it to disk, and rename it into place.
+    """Write `data` as `open_atomic` does."""
+    with open_atomic(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def open_atomic(path: Path) -> Iterator[BinaryIO]:
+    """A file to write under a temporary name beside `path`; at the end it is flushed to disk and renamed into place.
 
     A reader sees the old file or the new one, never a part of either. Raises OSError (a full disk, no permission)
-    and leaves no temporary file then.
+    and leaves no temporary file then, nor when the block raises.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

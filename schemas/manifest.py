@@ -13,8 +13,9 @@ A part exists when its record does: the record is written after the file, and ho
 """
 
 import json
+import os
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Final, Literal, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -22,10 +23,33 @@ from schemas.files import sha256, write_atomic
 from schemas.parts import SCHEMA_VERSION
 
 M = TypeVar("M", bound=BaseModel)
+_PACKAGES: Final = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
 
 
 class DatasetError(Exception):
     """A dataset that is missing, damaged, or of another kind than asked for; the message says what to do."""
+
+
+def at(location: str | os.PathLike[str]) -> Path:
+    """The path of a dataset: a folder, or for a URL (s3://, gs://, memory://, any that fsspec knows) a UPath.
+
+    A UPath is no subclass of Path, but has the methods for reading. Raises DatasetError for a URL of an unknown kind,
+    or one that needs a package that is not installed.
+    """
+    if not isinstance(location, str) or "://" not in location:
+        return cast(Path, location) if hasattr(location, "read_bytes") else Path(location)
+    import fsspec
+    from upath import UPath
+
+    try:
+        found = UPath(location)
+        fsspec.get_filesystem_class(found.protocol)
+    except ImportError:
+        scheme = location.split("://")[0]
+        raise DatasetError(f"{location} needs a package: pip install {_PACKAGES.get(scheme, scheme)}") from None
+    except ValueError:
+        raise DatasetError(f"{location}: there is no such kind of URL; use s3://, gs:// or a folder") from None
+    return Path(found.path) if found.protocol in ("file", "local") else cast(Path, found)
 
 
 class _Model(BaseModel):

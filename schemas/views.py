@@ -1,5 +1,8 @@
 """The SQL of the DuckDB views over a dataset. They read the part files that the manifest lists, and nothing else.
 
+In SQL a file of the dataset is `dataset://` and its name below the dataset's folder, wherever that lies; the database
+needs a file system of this name (`stats.reader`).
+
 `documents`, one row a document:
     doc_id, source, part                text: NULL without text
     characters                          of the text; NULL without text
@@ -7,7 +10,7 @@
     ref_nll, student_nll                sums over the scored tokens, nats; NULL without any
 
 `tokens`, one row a token:
-    doc_id, part, position              position counts from 0
+    doc_id, source, part, position      position counts from 0
     token                               the piece of text; NULL without text
     token_id, token_start, token_end    half-open character offsets into the text
     word, word_start                    the word that the token belongs to, and its offset, see below
@@ -28,23 +31,28 @@ A word is a run of characters without whitespace, punctuation and all; a token b
 character that is no whitespace. Tokens of whitespace, and words of more than 64 characters (prose without spaces),
 have NULL. Group by doc_id and word_start to join the tokens of a word.
 
-Lists are indexed, not unnested, so a query reads the columns that it names; a condition on `part` or `labels` opens
-these files alone. `substring` counts from the beginning of a text, which makes the tokens of a long document
-quadratic: the text is cut once into pieces of 64 characters, and a token is taken out of two of them.
+Lists are indexed, not unnested, so a query reads the columns that it names; a condition on `doc_id` or `source` is
+met before a document becomes rows, and one on `part` or `labels` opens these files alone. What a label file holds is
+read from there, and only the rest from the signals. `substring` counts from the beginning of a text, which makes the
+tokens of a long document quadratic: the text is cut once into pieces of 64 characters, and a token is taken out of two
+of them.
 """
 
-from pathlib import Path
-from typing import Final
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any, Final
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from schemas.codes import ENT_TYPES, LABELS, POS
-from schemas.manifest import DatasetError, Manifest, label_sets, labels_path, read_complete, signals_path
+from schemas.manifest import DatasetError, LabelSet, label_sets, labels_path, read_complete, signals_path
 from schemas.parts import LABELS as LABEL_COLUMNS
 from schemas.parts import SIGNALS
 
 NAMES: Final = ("documents", "tokens", "labels", "parts")
+PREFIX: Final = "dataset://"
 
 _PIECE = 64  # characters; also the longest word
 _SPACE = r"\p{Z}\x09-\x0d\x1c-\x1f\x85"  # what str.isspace says
@@ -59,25 +67,44 @@ _TYPES = {
 }
 
 
-def create_views(dataset: Path) -> list[str]:
-    """Statements that create the views in a database; paths in them are absolute.
+@dataclass(frozen=True)
+class Views:
+    statements: list[str]  # that create them
+    files: dict[str, int]  # all that they read: the name below the dataset, and its bytes
+
+
+def create_views(dataset: Path) -> Views:
+    """The views over `dataset`, a folder or a UPath.
 
     Raises DatasetError for a dataset that is missing, unfinished or damaged.
     """
-    manifest = read_complete(dataset)
-    folder = dataset.resolve()
-    signals = _signals(folder, manifest)
-    sets = {
-        name: _read([labels_path(folder, name, part.name) for part in found.parts if part.rows], LABEL_COLUMNS)
-        for name, found in label_sets(folder).items()
-    }
+    signal_files = _signal_files(dataset)
+    label_files = {name: _label_files(name, found) for name, found in label_sets(dataset).items()}
+    size = (dataset / "manifest.json").stat().st_size
+    signals = _read(dataset, signal_files, SIGNALS)
     bodies = {
         "documents": _documents(signals),
         "tokens": _tokens(signals, ""),
-        "labels": _labels(signals, sets),
-        "parts": _parts(folder),
+        "labels": _labels(dataset, signals, label_files),
+        "parts": _parts(size),
     }
-    return [f"CREATE OR REPLACE VIEW {name} AS {bodies[name]}" for name in NAMES]
+    files = {"manifest.json": size} | signal_files
+    for found_files in label_files.values():
+        files |= found_files
+    return Views([f"CREATE OR REPLACE VIEW {name} AS {bodies[name]}" for name in NAMES], files)
+
+
+def document_lists(dataset: Path, labels: Sequence[str]) -> str:
+    """A query of one row a document: the columns of the signals, `part`, and the lists label_0, label_1, ...
+
+    They are the codes of the label sets named in `labels`, in this order. Raises DatasetError as `create_views` does.
+    """
+    sets = label_sets(dataset)
+    joined = f"SELECT * FROM ({_read(dataset, _signal_files(dataset), SIGNALS)})"
+    for number, name in enumerate(labels):
+        rows = _read(dataset, _label_files(name, sets[name]), LABEL_COLUMNS)
+        joined += f" JOIN (SELECT part, doc_id, label AS label_{number} FROM ({rows})) USING (part, doc_id)"
+    return joined
 
 
 def quote(value: object) -> str:
@@ -85,27 +112,54 @@ def quote(value: object) -> str:
     return "'" + str(value).replace("'", "''") + "'"
 
 
-def _signals(folder: Path, manifest: Manifest) -> str:
-    return _read([signals_path(folder, part.name) for part in manifest.parts if part.rows], SIGNALS)
+def _signal_files(dataset: Path) -> dict[str, int]:
+    """The files of the parts that have one, by their names below the dataset, and their bytes."""
+    parts = [part for part in read_complete(dataset).parts if part.rows]
+    return {signals_path(Path(), _sound(part.name)).as_posix(): part.bytes for part in parts}
 
 
-def _read(files: list[Path], schema: pa.Schema) -> str:
+def _label_files(name: str, labels: LabelSet) -> dict[str, int]:
+    parts = [part for part in labels.parts if part.rows]
+    return {labels_path(Path(), name, _sound(part.name)).as_posix(): part.bytes for part in parts}
+
+
+def _sound(part: str) -> str:
+    if part != PurePath(part).name:
+        raise DatasetError(f"the manifest is damaged: {part!r} is no name of a part")
+    return part
+
+
+def _present(dataset: Path, files: dict[str, int]) -> set[str]:
+    """The columns of part files; all of a kind have the same, so the first says it."""
+    if not files:
+        return set()
+    first = dataset / next(iter(files))
+    exactly: dict[str, Any] = (
+        {} if isinstance(first, Path) else {"cache_type": "none"}
+    )  # no more than asked for, of an object
+    try:
+        with first.open("rb", **exactly) as file:
+            return set(pq.read_schema(file).names)
+    except (OSError, pa.ArrowInvalid):
+        raise DatasetError(f"{first} is missing or damaged: lacy check says what else is") from None
+
+
+def _read(dataset: Path, files: dict[str, int], schema: pa.Schema) -> str:
     """The rows of part files with all columns of `schema`, NULL for those that the dataset leaves out, and `part`."""
-    present: set[str] = set()
-    if files:
-        try:
-            present = set(pq.read_schema(files[0]).names)
-        except (OSError, pa.ArrowInvalid):
-            raise DatasetError(f"{files[0]} is missing or damaged: lacy check says what else is") from None
+    present = _present(dataset, files)
     columns = [
         field.name if field.name in present else f"NULL::{_type(field.type)} AS {field.name}" for field in schema
     ]
     if not files:
         return f"SELECT {', '.join(columns)}, NULL::VARCHAR AS part WHERE false"
-    listed = ", ".join(map(quote, files))
+    return f"SELECT {', '.join(columns)}, part FROM ({_scan(files)})"
+
+
+def _scan(files: Collection[str]) -> str:
+    listed = ", ".join(quote(PREFIX + name) for name in files)
     return (
-        f"SELECT {', '.join(columns)}, parse_filename(filename, true) AS part "
-        f"FROM read_parquet([{listed}], filename = true)"
+        "SELECT *, parse_filename(filename, true) AS part "
+        f"FROM read_parquet([{listed}], filename = true, hive_partitioning = false)"
     )
 
 
@@ -126,12 +180,17 @@ SELECT
 FROM ({signals})"""
 
 
-def _labels(signals: str, sets: dict[str, str]) -> str:
+def _labels(dataset: Path, signals: str, sets: dict[str, dict[str, int]]) -> str:
     """Each label set is joined with the signals a document at a time, before the lists become rows."""
     selects = []
-    for name, labels in sets.items():
-        decided = f"SELECT doc_id, part, label FROM ({labels})"
-        joined = f"SELECT * FROM ({signals}) JOIN ({decided}) USING (part, doc_id)"
+    for name, files in sets.items():
+        there = _present(dataset, files)
+        if not files:
+            continue
+        own = [field.name for field in LABEL_COLUMNS if field.name in there and field.name != "doc_id"]
+        others = ", ".join(["part", *(field.name for field in SIGNALS if field.name not in own)])
+        decided = f"SELECT part, doc_id, {', '.join(own)} FROM ({_scan(files)})"
+        joined = f"SELECT * FROM ({decided}) JOIN (SELECT {others} FROM ({signals})) USING (part, doc_id)"
         selects.append(_tokens(joined, f"{quote(name)} AS labels, {_name(LABELS, 'label')} AS label,"))
     if not selects:
         selects.append(_tokens(signals, "NULL::VARCHAR AS labels, NULL::VARCHAR AS label,") + " WHERE false")
@@ -190,7 +249,7 @@ sides AS NOT MATERIALIZED (
     FROM spelled
 )
 SELECT {decided}
-    doc_id, part, i - 1 AS position,
+    doc_id, source, part, i - 1 AS position,
     token, token_ids[i] AS token_id, token_start, token_end,
     CASE WHEN is_word THEN before || after END AS word,
     CASE WHEN is_word THEN anchor - length(before) END AS word_start,
@@ -210,7 +269,8 @@ def _name(table: tuple[str, ...], column: str) -> str:
     return f"[{names}][{column}[i]::INTEGER + 1]"
 
 
-def _parts(folder: Path) -> str:
+def _parts(size: int) -> str:
+    """`size`: bytes of the manifest."""
     columns = {
         "name": "VARCHAR",
         "source": "VARCHAR",
@@ -224,12 +284,12 @@ def _parts(folder: Path) -> str:
         "deadletter_sha256": "VARCHAR",
     }
     struct = ", ".join(f"{name} {kind}" for name, kind in columns.items())
-    manifest = folder / "manifest.json"
+    manifest = quote(PREFIX + "manifest.json")
     return f"""
 SELECT part.name AS part, part.source, part.rows AS documents, part.tokens, part.factual AS factual_tokens,
     part.bad, part.skipped, part.bytes, part.sha256, part.deadletter_sha256
 FROM (
     SELECT unnest(parts) AS part
-    FROM read_json({quote(manifest)}, format = 'unstructured', columns = {{parts: 'STRUCT({struct})[]'}},
-        maximum_object_size = {max(1 << 24, 2 * manifest.stat().st_size)})
+    FROM read_json({manifest}, format = 'unstructured', columns = {{parts: 'STRUCT({struct})[]'}},
+        maximum_object_size = {max(1 << 24, 2 * size)})
 )"""

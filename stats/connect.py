@@ -1,71 +1,79 @@
 """DuckDB over a dataset: a database in memory with the views of `schemas.views`, and nothing else to reach."""
 
-import csv
-import json
 import os
 import re
+import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
-from decimal import Decimal
-from itertools import islice
+import weakref
 from pathlib import Path
-from typing import Any, Final, TextIO
+from typing import Final
 
 import duckdb
 import pyarrow as pa
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Column, Table
-from rich.text import Text
 
-from schemas.manifest import DatasetError
-from schemas.views import create_views, quote
-from stats.printable import printable
+from schemas.manifest import DatasetError, at
+from schemas.views import PREFIX, create_views, quote
+from stats.reader import DatasetFiles
 
-FORMATS: Final = ("table", "csv", "json")
-TABLE_ROWS: Final = 100
-_BATCH = 2048
-_FILE_WIDTH = 240  # columns of a table in a file or a pipe
-_BOUNDLESS = 1_000_000
-_CELL = 1000  # characters
+_REMOTE_THREADS: Final = 4  # for each core: what reads from an object store waits more than it computes
+_SESSION: Final = r"(?is)create\s+(or\s+replace\s+)?(temp|temporary)\s+(recursive\s+)?(table|view|macro|function)\b"
 
 
 class SqlError(Exception):
     """A query that cannot be answered; one line that says why."""
 
 
-class UsageError(Exception):
-    """An argument that there is not; one line that says which there are."""
-
-
-def connect(dataset: str | Path) -> duckdb.DuckDBPyConnection:
+def connect(dataset: str | os.PathLike[str]) -> duckdb.DuckDBPyConnection:
     """A connection with the views documents, tokens, labels and parts; their columns are in `schemas.views`.
 
-    The database lies in memory and is locked. Prevented: reading or writing files outside the dataset (links that
-    lead out of it too), the network, installing or loading extensions, reading Python variables by name, persistent
-    secrets, and changing any of this. Not prevented: writing below the dataset (COPY TO and ATTACH may change it;
-    `query` refuses both), and using up memory or time. A query larger than memory spills to the system's temporary
-    folder.
+    `dataset` is a folder or a URL (s3://, gs://, any that fsspec knows; credentials as s3fs and gcsfs find them).
+
+    The database lies in memory and is locked. All that it can open are the files that the manifest lists, to read
+    them (`stats.reader`). So whatever SQL it is given, however it is spelt, it cannot write to the dataset, read or
+    write other files, follow links out of the dataset, reach the network, install or load extensions, store secrets,
+    read Python variables by name, or change any of this. Tables and views that it creates are in memory. A query
+    larger than memory spills to a folder of its own below the system's temporary folder, the one place where SQL can
+    write, and which goes when the connection is closed. Not prevented: using up memory, time or this space; and what
+    Python code does itself.
 
     Raises DatasetError when `dataset` is missing, unfinished or damaged.
     """
-    folder = Path(dataset)
-    statements = create_views(folder)
+    root = at(dataset)
+    local = isinstance(root, Path)
+    try:
+        views = create_views(root)
+        files = DatasetFiles(root, views.files)
+    except DatasetError:
+        raise
+    except PermissionError as error:
+        raise DatasetError(str(error)) from None
+    except Exception as error:
+        if local:
+            raise
+        raise DatasetError(f"{dataset} cannot be read: {_last_line(str(error)) or type(error).__name__}") from None
+    threads = {} if local else {"threads": _REMOTE_THREADS * (os.cpu_count() or 1)}
+    spill = os.path.join(tempfile.gettempdir(), f"lacy-{uuid.uuid4().hex}")
+    weakref.finalize(files, shutil.rmtree, spill, ignore_errors=True)  # the database holds them until it is closed
     connection = duckdb.connect(
         config={
-            "temp_directory": os.path.join(tempfile.gettempdir(), f"lacy-{uuid.uuid4().hex}"),
+            "temp_directory": spill,
             "autoinstall_known_extensions": False,
             "autoload_known_extensions": False,
             "allow_persistent_secrets": False,
             "python_enable_replacements": False,
+            **threads,
         }
     )
     try:
-        connection.execute(f"SET allowed_directories = [{quote(os.path.join(folder.resolve(), ''))}]")
+        connection.register_filesystem(files)
+        connection.execute(f"SET allowed_directories = [{quote(PREFIX)}]")
+        connection.execute("SET parquet_metadata_cache = true")
+        connection.execute("SET disable_parquet_prefetching = true")  # a megabyte for each list, however short
+        connection.execute("SET enable_progress_bar = false")  # it would go to stdout, whatever that is
         connection.execute("SET enable_external_access = false")
         connection.execute("SET lock_configuration = true")
-        for statement in statements:
+        for statement in views.statements:
             connection.execute(statement)
     except duckdb.Error as error:
         connection.close()
@@ -73,119 +81,57 @@ def connect(dataset: str | Path) -> duckdb.DuckDBPyConnection:
     return connection
 
 
-def query(dataset: str | Path, sql: str) -> pa.Table:
+def query(dataset: str | os.PathLike[str], sql: str) -> pa.Table:
     """The rows that one reading statement gives: SELECT, FROM, WITH, DESCRIBE, SUMMARIZE, SHOW or EXPLAIN.
 
     Raises SqlError for any other statement and for one that fails, DatasetError as `connect` does.
     """
     with connect(dataset) as connection:
-        _require_reading(sql)
+        require_reading(sql)
         try:
             return connection.sql(sql).to_arrow_table()
         except duckdb.Error as error:
             raise SqlError(one_line(error)) from None
 
 
-def run(dataset: str | Path, sql: str, form: str, out: TextIO) -> None:
-    """Write the answer to `sql` to `out`: "table" (its first rows), "csv" with a header, or "json", one object a line.
-
-    Control characters of the corpus are never sent to a terminal; in a file or a pipe, csv and json hold what the
-    corpus holds. Raises UsageError for another form, SqlError and DatasetError as `query` does.
-    """
-    if form not in FORMATS:
-        raise UsageError(f"--format {form} is unknown: use {', '.join(FORMATS)}")
-    with connect(dataset) as connection:
-        _require_reading(sql)
-        try:
-            connection.execute(sql)
-            columns = [column[0] for column in connection.description or ()]
-            rows = _rows(connection)
-            if columns == ["explain_key", "explain_value"]:
-                out.writelines(f"{plan}\n" for _, plan in rows)
-            elif form == "table":
-                _write_table(columns, rows, out)
-            elif form == "csv":
-                _write_csv(columns, rows, out)
-            else:
-                _write_json(columns, rows, out)
-        except duckdb.Error as error:
-            raise SqlError(one_line(error)) from None
+def statements(sql: str) -> list[str]:
+    """The statements of a text. Raises SqlError when it is no SQL."""
+    try:
+        return [statement.query for statement in duckdb.extract_statements(sql)]
+    except duckdb.Error as error:
+        raise SqlError(one_line(error)) from None
 
 
-def _require_reading(sql: str) -> None:
-    """Raises SqlError unless `sql` is one statement that reads.
+def require_reading(sql: str, session: bool = False) -> None:
+    """Raises SqlError unless `sql` is one statement that reads, or in a session, makes a temporary table or view.
 
     EXPLAIN ANALYZE runs what it explains, so that has to read, too.
     """
     try:
-        statements = duckdb.extract_statements(sql)
+        found = duckdb.extract_statements(sql)
     except duckdb.Error as error:
         raise SqlError(one_line(error)) from None
-    if len(statements) != 1:
-        raise SqlError(f"{len(statements)} statements: give one")
-    kind = statements[0].type
+    if len(found) != 1:
+        raise SqlError(f"{len(found)} statements: give one")
+    kind = found[0].type
     if kind == duckdb.StatementType.EXPLAIN:
-        explained = re.sub(r"(?is)^\s*explain\s+(analy[sz]e\s+)?", "", statements[0].query, count=1)
-        return _require_reading(explained)
+        explained = re.sub(r"(?is)^\s*explain\s+(analy[sz]e\s+)?", "", found[0].query, count=1)
+        return require_reading(explained)
+    if session and kind == duckdb.StatementType.CREATE and re.match(_SESSION, found[0].query.strip()):
+        return None
     if kind != duckdb.StatementType.SELECT:
         raise SqlError(f"{kind.name} is refused: a dataset is only read here (SELECT, FROM, WITH, DESCRIBE, EXPLAIN)")
+    return None
 
 
-def _rows(connection: duckdb.DuckDBPyConnection) -> Iterator[tuple[Any, ...]]:
-    while batch := connection.fetchmany(_BATCH):
-        yield from batch
-
-
-def _write_csv(columns: list[str], rows: Iterator[tuple[Any, ...]], out: TextIO) -> None:
-    show = printable if out.isatty() else str
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(map(show, columns))
-    for row in rows:
-        writer.writerow(show(str(value)) if value is not None else None for value in row)
-
-
-def _write_json(columns: list[str], rows: Iterator[tuple[Any, ...]], out: TextIO) -> None:
-    show = printable if out.isatty() else str
-    for row in rows:
-        line = json.dumps(dict(zip(columns, row, strict=True)), ensure_ascii=False, default=str)
-        out.write(show(line) + "\n")
-
-
-def _write_table(columns: list[str], rows: Iterator[tuple[Any, ...]], out: TextIO) -> None:
-    """The first rows, and a word about the others; a row below the other, a column a line, where they are too wide."""
-    console = Console(file=out, highlight=False)
-    if not console.is_terminal:
-        console.width = max(console.width, _FILE_WIDTH)
-    shown = list(islice(rows, TABLE_ROWS))
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for place, column in enumerate(columns):
-        numbers = all(isinstance(row[place], int | float | Decimal | None) for row in shown)
-        table.add_column(Text(printable(column)), justify="right" if numbers else "left", overflow="fold")
-    for row in shown:
-        table.add_row(*map(_cell, row))
-    if (
-        len(columns) == 1
-        or console.measure(table, options=console.options.update(max_width=_BOUNDLESS)).maximum <= console.width
-    ):
-        console.print(table)
-    else:
-        for row in shown:
-            record = Table.grid("", Column(overflow="fold"), padding=(0, 2))
-            for column, value in zip(columns, row, strict=True):
-                record.add_row(Text(printable(column), style="dim"), _cell(value))
-            console.print(record, "")
-    if next(rows, None) is not None:
-        console.print(f"the first {TABLE_ROWS} rows; --format csv or json gives all")
-
-
-def _cell(value: Any) -> Text:
-    if value is None:
-        return Text("NULL", style="dim")
-    text = f"{value:.6g}" if isinstance(value, float) else str(value)
-    return Text(printable(text if len(text) <= _CELL else f"{text[:_CELL]}…"))
-
-
-def one_line(error: duckdb.Error) -> str:
-    """DuckDB's message without the excerpt of the query that follows it."""
+def one_line(error: Exception) -> str:
+    """DuckDB's message without the excerpt of the query that follows it; of a traceback in it, what was raised."""
     message = str(error).split("\n\nLINE ")[0]
+    if "Traceback (most recent call last)" in message:
+        return _last_line(message)
     return " ".join(line.strip() for line in message.splitlines() if line.strip())
+
+
+def _last_line(message: str) -> str:
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    return re.sub(r"^(OSError|FileNotFoundError|PermissionError): ", "", lines[-1] if lines else "")

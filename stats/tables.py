@@ -1,252 +1,20 @@
-"""`lacy stats`: the figures of a dataset, and tables of them.
+"""`lacy stats`: the figures of a dataset as tables in a terminal."""
 
-Three scans over the views: one counts tokens by part of speech, entity type and label; one takes the quantiles of the
-loss; one joins tokens to words. The last costs most, about 3 seconds of one core for a million tokens.
-"""
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Final
 
-from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Any, Final
-
-import duckdb
-from pydantic import BaseModel, ConfigDict, computed_field
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from schemas.codes import LABELS, LEARN
-from schemas.manifest import DatasetError, LabelSet, label_sets, read_complete
-from stats.connect import connect, one_line
-from stats.printable import printable
+from schemas.printable import printable
+from stats import figures
+from stats.figures import QUANTILES, Losses, Stats, Word
 
-DEFAULT_LABELS: Final = "lacy"
-QUANTILES: Final = (0.05, 0.25, 0.5, 0.75, 0.95)
-EXACT_QUANTILES: Final = 50_000_000  # tokens; with more they are estimated, in little memory
-WORDS: Final = 10  # of each kind
-KINDS: Final = 12  # rows of the tables by part of speech and entity type
-RARE: Final = 5  # occurrences that the mean loss of a kept word is taken over at least, see `_rare`
-
-
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Labels(_Model):
-    name: str
-    policy: str
-    action: str
-    budget: float | None  # share of all tokens
-    threshold: float | None  # the lowest score chosen
-    delegated: float  # share of all tokens
-    ignored: float
-
-
-class Kind(_Model):
-    """The tokens of one part of speech or entity type."""
-
-    name: str  # "" for none
-    tokens: int
-    factual: int
-    chosen: int  # delegated or ignored
-    scored: int  # tokens that have a loss
-    nll: float  # sum over the scored tokens, nats
-
-    @computed_field  # type: ignore[prop-decorator]
-    @property
-    def mean_nll(self) -> float | None:
-        return self.nll / self.scored if self.scored else None
-
-
-class Losses(_Model):
-    """`ref_nll` of the tokens that have one, nats."""
-
-    factual: list[float]  # at QUANTILES; empty when no token has a loss
-    other: list[float]
-
-
-class Word(_Model):
-    """A word without the punctuation around it. Its loss is the sum over its tokens."""
-
-    word: str
-    occurrences: int
-    chosen: int  # occurrences with a token that is delegated or ignored
-    mean_nll: float | None  # nats, over all occurrences
-    mean_kept_nll: float | None  # over the occurrences that are not chosen
-
-
-class Stats(_Model):
-    dataset: str
-    documents: int
-    tokens: int
-    factual: int  # tokens
-    bad: int  # records in deadletter/
-    label_sets: list[Labels]
-    labels: str | None  # the label set that the figures below are about; None when there is none
-    pos: list[Kind]  # most tokens first
-    ent_type: list[Kind]
-    losses: Losses
-    chosen_words: list[Word]  # most often chosen first
-    kept_words: list[Word]  # highest mean_kept_nll first
-    kept_at_least: int  # times that each of kept_words was kept
-    notes: list[str]
-
-
-def compute(dataset: str | Path, labels: str | None = None) -> Stats:
-    """Count. `labels` names the label set; None takes DEFAULT_LABELS where there is one, else the first by name.
-
-    Raises DatasetError for a dataset that is missing, unfinished or damaged, or that has no such label set.
-    """
-    folder = Path(dataset)
-    manifest = read_complete(folder)
-    sets = label_sets(folder)
-    labels = pick_labels(folder, sets, labels)
-    has_loss = has_text = False
-    with connect(folder) as connection:
-        try:
-            groups = connection.execute(_KINDS_SQL.format(tokens=_tokens(labels)), _parameters(labels)).fetchall()
-            has_loss = any(scored for *_, scored, _ in groups)
-            losses = _losses(connection, manifest.tokens) if has_loss else Losses(factual=[], other=[])
-            has_text = connection.execute("SELECT text IS NOT NULL FROM documents LIMIT 1").fetchone() == (True,)
-            at_least = _rare(manifest.tokens)
-            words = _words(connection, labels, at_least) if has_text else []
-        except duckdb.Error as error:
-            raise DatasetError(f"{dataset} cannot be read: {one_line(error)} (lacy check says more)") from None
-    notes = []
-    if not has_text:
-        notes.append("no tables of words: the dataset was made without text (--no-text)")
-    if not has_loss:
-        notes.append("no losses: the dataset was made without a reference model")
-    if manifest.tokens > EXACT_QUANTILES:
-        notes.append("quantiles are estimated")
-    return Stats(
-        dataset=str(dataset),
-        documents=manifest.documents,
-        tokens=manifest.tokens,
-        factual=manifest.factual,
-        bad=manifest.bad,
-        label_sets=[_label_set(found) for found in sets.values()],
-        labels=labels,
-        pos=_kinds((pos, *counts) for pos, _, *counts in groups),
-        ent_type=_kinds((ent_type, *counts) for _, ent_type, *counts in groups),
-        losses=losses,
-        chosen_words=sorted((w for w in words if w.chosen), key=lambda w: (-w.chosen, w.word))[:WORDS],
-        kept_words=_kept(words, at_least),
-        kept_at_least=at_least,
-        notes=notes,
-    )
-
-
-def pick_labels(dataset: Path, sets: dict[str, LabelSet], asked: str | None) -> str | None:
-    """The name of the label set to look at, None when there is none. Raises DatasetError for one that is not there."""
-    if asked is not None and asked not in sets:
-        there = f"it has {', '.join(sets)}" if sets else "lacy decide makes one"
-        raise DatasetError(f"{dataset} has no label set {asked!r}: {there}")
-    if asked is None:
-        return DEFAULT_LABELS if DEFAULT_LABELS in sets else next(iter(sets), None)
-    return asked
-
-
-def _tokens(labels: str | None) -> str:
-    """The tokens, with `chosen`."""
-    if labels is None:
-        return "(SELECT *, false AS chosen FROM tokens)"
-    return f"(SELECT *, label <> '{LABELS[LEARN]}' AS chosen FROM labels WHERE labels = $labels)"
-
-
-def _parameters(labels: str | None) -> dict[str, str]:
-    return {} if labels is None else {"labels": labels}
-
-
-_KINDS_SQL = """
-SELECT coalesce(pos, ''), coalesce(ent_type, ''), count(*), count_if(factual), count_if(chosen), count(ref_nll),
-    coalesce(sum(ref_nll), 0)
-FROM {tokens}
-GROUP BY 1, 2"""
-
-
-def _kinds(groups: Iterable[tuple[Any, ...]]) -> list[Kind]:
-    """Add up (name, tokens, factual, chosen, scored, nll) by name; most tokens first."""
-    sums: dict[str, list[Any]] = {}
-    for name, *counts in groups:
-        sums[name] = [a + b for a, b in zip(sums.get(name, [0] * len(counts)), counts, strict=True)]
-    kinds = [
-        Kind(name=name, tokens=tokens, factual=factual, chosen=chosen, scored=scored, nll=nll)
-        for name, (tokens, factual, chosen, scored, nll) in sums.items()
-    ]
-    return sorted(kinds, key=lambda kind: (-kind.tokens, kind.name))
-
-
-def _losses(connection: duckdb.DuckDBPyConnection, tokens: int) -> Losses:
-    quantile = "quantile_cont" if tokens <= EXACT_QUANTILES else "approx_quantile"
-    found = connection.execute(
-        f"SELECT factual, {quantile}(ref_nll, {list(QUANTILES)}) FROM tokens WHERE ref_nll IS NOT NULL GROUP BY factual"
-    ).fetchall()
-    by_factual = dict(found)
-    return Losses(factual=by_factual.get(True, []), other=by_factual.get(False, []))
-
-
-# Punctuation goes when words are few: after those that are spelled alike are counted together.
-_WORDS_SQL = r"""
-WITH occurrences AS (
-    SELECT any_value(word) AS word, bool_or(chosen) AS chosen, sum(ref_nll) AS nll
-    FROM {tokens}
-    WHERE word IS NOT NULL
-    GROUP BY doc_id, word_start
-),
-spelled AS (
-    SELECT word, count(*) AS occurrences, count_if(chosen) AS chosen,
-        sum(nll) AS nll, count(nll) AS scored,
-        sum(nll) FILTER (NOT chosen) AS kept_nll, count(nll) FILTER (NOT chosen) AS kept_scored
-    FROM occurrences
-    GROUP BY word
-),
-words AS (
-    SELECT regexp_replace(word, '^\p{{P}}+|\p{{P}}+$', '', 'g') AS word,
-        sum(occurrences)::BIGINT AS occurrences, sum(chosen)::BIGINT AS chosen,
-        sum(nll) / nullif(sum(scored), 0) AS mean_nll, sum(kept_nll) / nullif(sum(kept_scored), 0) AS mean_kept_nll
-    FROM spelled
-    GROUP BY 1
-)
-SELECT * FROM words
-WHERE word <> ''
-QUALIFY row_number() OVER (ORDER BY chosen DESC, word) <= {most}
-    OR row_number() OVER (
-        ORDER BY occurrences - chosen >= {at_least} DESC, mean_kept_nll DESC NULLS LAST, word) <= {most}"""
-
-
-def _words(connection: duckdb.DuckDBPyConnection, labels: str | None, at_least: int) -> list[Word]:
-    """The words most often chosen, and those with the highest loss among those kept often enough."""
-    sql = _WORDS_SQL.format(tokens=_tokens(labels), most=WORDS, at_least=at_least)
-    names = ("word", "occurrences", "chosen", "mean_nll", "mean_kept_nll")
-    rows = connection.execute(sql, _parameters(labels)).fetchall()
-    return [Word(**dict(zip(names, row, strict=True))) for row in rows]
-
-
-def _rare(tokens: int) -> int:
-    """In a small dataset nothing occurs often."""
-    return max(1, min(RARE, tokens // 10_000))
-
-
-def _kept(words: list[Word], at_least: int) -> list[Word]:
-    found = [
-        (-word.mean_kept_nll, word.word, word)
-        for word in words
-        if word.mean_kept_nll is not None and word.occurrences - word.chosen >= at_least
-    ]
-    return [word for *_, word in sorted(found, key=lambda item: item[:2])[:WORDS]]
-
-
-def _label_set(found: LabelSet) -> Labels:
-    tokens = max(1, found.tokens)
-    return Labels(
-        name=found.name,
-        policy=found.policy,
-        action=found.action,
-        budget=found.budget,
-        threshold=found.threshold,
-        delegated=sum(part.delegated for part in found.parts) / tokens,
-        ignored=sum(part.ignored for part in found.parts) / tokens,
-    )
+ROWS: Final = 12  # of the tables of groups; those with fewer tokens are added up
+KINDS: Final = 3  # named in one cell
+_WIDE = 100
+_WORD_WIDTH = 22
 
 
 def show(stats: Stats, console: Console) -> None:
@@ -264,15 +32,27 @@ def show(stats: Stats, console: Console) -> None:
         put("What each policy decided, in shares of all tokens", _label_sets_table(stats))
     verb = _verb(stats)
     mine = f" or {verb} by {printable(stats.labels)}" if stats.labels else ""
-    scored = bool(stats.losses.factual or stats.losses.other)
-    loss = ", mean loss" if scored else ""
+    scored = _scored(stats)
+    shares = f"tokens, how many are factual{mine}{', mean loss' if scored else ''}"
+    if stats.by:
+        put(f"By {printable(stats.by)}: {shares}", _groups_table(printable(stats.by), stats.groups, stats))
     put(
-        f"By part of speech and entity type: tokens, how many are factual{mine}{loss}",
-        _kinds_table("pos", stats.pos, stats, scored),
-        _kinds_table("ent_type", stats.ent_type, stats, scored),
+        f"By part of speech and entity type: {shares}",
+        _groups_table("pos", stats.pos, stats),
+        _groups_table("ent_type", stats.ent_type, stats),
+    )
+    put(
+        f"By position in the document and by length of the document, in tokens: {shares}",
+        _groups_table("position", stats.position, stats),
+        _groups_table("length", stats.length, stats),
     )
     if scored:
         put("Loss of the reference model in nats: this share of the tokens has less", _losses_table(stats.losses))
+    if stats.budgets:
+        what = "factual tokens of highest loss" if stats.policy == "lacy" else "tokens of highest loss"
+        put(f"What a budget picks under the policy {stats.policy}: the {what}", _budgets_table(stats))
+    if agreements := _agreements(stats):
+        put("How label sets agree, in shares of all tokens", _agreement_table(stats, agreements))
     often = f"{stats.kept_at_least} times or more" if stats.kept_at_least > 1 else "at all"
     if stats.chosen_words:
         kept = [_kept_table(stats.kept_words, "kept")] if stats.kept_words else []
@@ -285,14 +65,16 @@ def show(stats: Stats, console: Console) -> None:
         console.print(Text(note, style="dim"))
 
 
-_WIDE = 100
-_WORD_WIDTH = 22
-
-
 def _headline(stats: Stats) -> str:
     bad = f", {stats.bad:,} bad records" if stats.bad else ""
     share = _share(stats.factual, stats.tokens)
-    return f"{printable(stats.dataset)}: {stats.documents:,} documents, {stats.tokens:,} tokens, {share} factual{bad}"
+    where = f" where {printable(stats.where)}" if stats.where else ""
+    found = f"{stats.documents:,} documents, {stats.tokens:,} tokens, {share} factual{bad}"
+    return f"{printable(stats.dataset)}{where}: {found}"
+
+
+def _scored(stats: Stats) -> bool:
+    return bool(stats.losses.factual or stats.losses.other)
 
 
 def _verb(stats: Stats) -> str:
@@ -301,39 +83,82 @@ def _verb(stats: Stats) -> str:
 
 
 def _label_sets_table(stats: Stats) -> Table:
-    table = _table("labels", "policy", numbers=("budget", "delegated", "ignored", "lowest score chosen"))
+    table = _table(
+        "labels", "policy", numbers=("budget", "delegated", "ignored", "factual of these", "lowest score chosen")
+    )
     for found in stats.label_sets:
         table.add_row(
             _name(found.name),
             _name(found.policy),
             "none" if found.budget is None else f"{found.budget:.1%}",
-            f"{found.delegated:.1%}",
-            f"{found.ignored:.1%}",
+            _share(found.delegated, found.tokens),
+            _share(found.ignored, found.tokens),
+            _share(found.factual, found.delegated + found.ignored),
             _number(found.threshold),
         )
     return table
 
 
-def _kinds_table(title: str, kinds: list[Kind], stats: Stats, scored: bool) -> Table:
+def _groups_table(title: str, groups: Sequence[figures.Group], stats: Stats) -> Table:
+    scored = _scored(stats)
     chosen = [_verb(stats)] if stats.labels else []
     table = _table(title, numbers=("tokens", "share", "factual", *chosen, *(["loss"] if scored else [])), gap=1)
-    for kind in _fold(kinds):
-        row = [_count(kind.tokens), _share(kind.tokens, stats.tokens), _share(kind.factual, kind.tokens)]
-        row += [_share(kind.chosen, kind.tokens)] if stats.labels else []
-        row += [_number(kind.mean_nll)] if scored else []
-        table.add_row(_name(kind.name or "(none)"), *row)
+    for group in _fold(groups):
+        row = [_count(group.tokens), _share(group.tokens, stats.tokens), _share(group.factual, group.tokens)]
+        row += [_share(group.delegated + group.ignored, group.tokens)] if stats.labels else []
+        row += [_number(group.mean_nll)] if scored else []
+        table.add_row(_name(group.name or "(none)"), *row)
     return table
 
 
-def _fold(kinds: list[Kind]) -> list[Kind]:
-    """The kinds with the most tokens, and all others as one."""
-    if len(kinds) <= KINDS:
-        return kinds
-    rest = _kinds(
-        (f"({len(kinds) - KINDS + 1} others)", k.tokens, k.factual, k.chosen, k.scored, k.nll)
-        for k in kinds[KINDS - 1 :]
+def _fold(groups: Sequence[figures.Group]) -> list[figures.Group]:
+    """The first groups, and all others as one."""
+    if len(groups) <= ROWS:
+        return list(groups)
+    rest = groups[ROWS - 1 :]
+    sums = {name: sum(getattr(group, name) for group in rest) for name in figures.COUNTS}
+    return [*groups[: ROWS - 1], figures.Group(name=f"({len(rest)} others)", **sums)]
+
+
+def _budgets_table(stats: Stats) -> Table:
+    table = _table(numbers=("budget", "picked", "lowest loss", "mean loss"), gap=2)
+    table.add_column("parts of speech picked", no_wrap=True)
+    table.add_column("entity types picked", no_wrap=True)
+    for pick in stats.budgets:
+        mean = pick.nll / pick.tokens if pick.tokens else None
+        row = (f"{pick.budget:.0%}", _share(pick.tokens, stats.tokens), _number(pick.threshold), _number(mean))
+        table.add_row(*row, _most(pick.pos), _most(pick.ent_type))
+    return table
+
+
+def _most(counts: Mapping[str, int]) -> str:
+    total = sum(counts.values())
+    return ", ".join(f"{name or '(none)'} {count / total:.0%}" for name, count in list(counts.items())[:KINDS])
+
+
+def _agreements(stats: Stats) -> list[figures.Agreement]:
+    """Those of the label set that is looked at with each other one."""
+    return [found for found in stats.agreement if stats.labels in (found.a, found.b)]
+
+
+def _agreement_table(stats: Stats, agreements: Iterable[figures.Agreement]) -> Table:
+    mine = stats.labels or ""
+    table = _table(
+        f"{printable(mine)} and", numbers=("same label", "kappa", "both", f"only {printable(mine)}", "only other")
     )
-    return kinds[: KINDS - 1] + rest
+    table.add_column("differ most at, and there", no_wrap=True, overflow="ellipsis")
+    for found in agreements:
+        other, only, theirs = found.b, found.only_a, found.only_b
+        if found.b == mine:
+            other, only, theirs = found.a, found.only_b, found.only_a
+        where = (
+            f"{difference.pos or '(none)'} {difference.ent_type}".strip()
+            + f" {difference.different / difference.tokens:.0%}"
+            for difference in found.differences[:KINDS]
+        )
+        shares = (_share(count, stats.tokens) for count in (found.both, only, theirs))
+        table.add_row(_name(other), _share(found.same, stats.tokens), _number(found.kappa), *shares, ", ".join(where))
+    return table
 
 
 def _losses_table(losses: Losses) -> Table:
@@ -393,4 +218,4 @@ def _share(part: int, whole: int) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
+    return "-" if value is None else f"{value:z.2f}"

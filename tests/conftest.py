@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.forks import Forks
+from tests.forks import CASCADE, LABEL, Forks
 
 for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
@@ -56,8 +56,16 @@ def dev_data() -> Path:
 
 @pytest.fixture(scope="session")
 def lacy(tmp_path_factory) -> Iterator[Forks]:
-    """The real command, quickly."""
-    forks = Forks(tmp_path_factory.mktemp("forks"))
+    """The real command, quickly; for what trains, generates and compares."""
+    forks = Forks(tmp_path_factory.mktemp("forks"), CASCADE)
+    yield forks
+    forks.close()
+
+
+@pytest.fixture(scope="session")
+def labeller(tmp_path_factory) -> Iterator[Forks]:
+    """The same for what labels and counts; with one worker, which is the process itself."""
+    forks = Forks(tmp_path_factory.mktemp("labeller"), LABEL)
     yield forks
     forks.close()
 

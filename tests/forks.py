@@ -4,17 +4,29 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+LLAMA = "transformers.models.llama.modeling_llama"
+CASCADE = (
+    "lm_eval.evaluator", "sklearn.metrics", "cascade.evaluation.compare", "cascade.evaluation.leakage",
+    "cascade.evaluation.nlu", "lacy.cascade_commands", "trainer.train", "transformers.models.gpt2.modeling_gpt2", LLAMA,
+)  # fmt: skip
+LABEL = (
+    "pipeline.label",
+    "pipeline.decide",
+    "pipeline.check",
+    "labelers.grammar",
+    "stats.compute",
+    "lacy.commands",
+    LLAMA,
+)
 FORKS = """
-import gc, json, os, signal, sys
+import gc, importlib, json, os, signal, sys
 from lacy.running import quiet
 quiet(None)
-import lm_eval.evaluator, sklearn.metrics
-import cascade.evaluation.compare, cascade.evaluation.leakage, cascade.evaluation.nlu, lacy.cascade_commands
-import trainer.train
-from transformers.models.gpt2 import modeling_gpt2
-from transformers.models.llama import modeling_llama
+for name in sys.argv[1:]:
+    importlib.import_module(name)
 from lacy.cli import main
 gc.freeze()
 for line in sys.stdin:
@@ -38,15 +50,16 @@ for line in sys.stdin:
 class Forks:
     """Runs commands as `tests.conftest.run_lacy` does, without the seconds that the imports take."""
 
-    def __init__(self, folder: Path):
-        """Output passes through files in `folder`."""
+    def __init__(self, folder: Path, imports: Sequence[str]):
+        """`imports` are the modules that are there already. Output passes through files in `folder`."""
         self._files = folder / "stdout", folder / "stderr"
         environment = os.environ | {
             "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "datasets"), "COLUMNS": "100",
         }  # fmt: skip
         self._process = subprocess.Popen(
-            [sys.executable, "-c", FORKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
+            [sys.executable, "-c", FORKS, *imports],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
+        )  # fmt: skip
 
     def __call__(
         self, *arguments: object, stdin: str = os.devnull, cwd: Path | None = None

@@ -1,13 +1,11 @@
 """The command line: help at once, and one line for every mistake."""
 
-import os
-
 import pytest
 
 from tests.conftest import run_lacy, told
 from tests.pipeline import corpora
 
-COMMANDS = ["label", "decide", "check", "stats", "sql", "tokenizer", "models", "models get"]
+COMMANDS = ["label", "decide", "check", "stats", "sql", "show", "tokenizer", "models", "models get"]
 
 
 def test_help_names_every_command():
@@ -28,8 +26,8 @@ def test_help_loads_nothing_heavy():
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_explains_itself(command):
-    done = run_lacy(*command.split(), "--help")
+def test_every_command_explains_itself(command, labeller):
+    done = labeller(*command.split(), "--help")
     assert (done.returncode == 0 and "Example" in done.stdout) or command in ("check", "models", "label")
 
 
@@ -39,9 +37,9 @@ def corpus(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def labelled(corpus, small_model, tmp_path_factory):
+def labelled(corpus, small_model, tmp_path_factory, labeller):
     out = tmp_path_factory.mktemp("labelled") / "d"
-    done = run_lacy("label", corpus, "--out", out, "--reference", small_model, "--workers", 1)
+    done = labeller("label", corpus, "--out", out, "--reference", small_model, "--workers", 1)
     assert done.returncode == 0, done.stderr
     return out
 
@@ -88,10 +86,9 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("arguments", "code", "message"), MISTAKES, ids=lambda value: str(value)[:60])
-def test_a_mistake_is_one_line(arguments, code, message, corpus, labelled, small_model, tmp_path):
+def test_a_mistake_is_one_line(arguments, code, message, corpus, labelled, small_model, tmp_path, labeller):
     names = {"corpus": corpus, "corpus_folder": corpus.parent, "labelled": labelled, "model": small_model}
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    done = run_lacy(*[argument.format(**names) for argument in arguments], cwd=tmp_path, env=environment)
+    done = labeller(*[argument.format(**names) for argument in arguments], cwd=tmp_path)
     assert done.returncode == code, done.stderr
     assert message in done.stderr
     assert len(told(done)) == 1 and len(done.stderr) < 500 and done.stdout == ""
@@ -102,16 +99,16 @@ def test_a_missing_argument_is_told_by_its_name():
     assert done.returncode == 2 and "CORPUS" in done.stderr
 
 
-def test_sql_formats(labelled):
+def test_sql_formats(labelled, labeller):
     query = "SELECT count(*) AS documents FROM documents"
-    assert "documents" in run_lacy("sql", labelled, query).stdout
-    assert run_lacy("sql", labelled, query, "--format", "csv").stdout.split() == ["documents", "4"]
-    assert '"documents": 4' in run_lacy("sql", labelled, query, "--format", "json").stdout.replace('":4', '": 4')
+    assert "documents" in labeller("sql", labelled, query).stdout
+    assert labeller("sql", labelled, query, "--format", "csv").stdout.split() == ["documents", "4"]
+    assert '"documents": 4' in labeller("sql", labelled, query, "--format", "json").stdout.replace('":4', '": 4')
 
 
-def test_stats_as_json(labelled):
+def test_stats_as_json(labelled, labeller):
     import json
 
-    found = json.loads(run_lacy("stats", labelled, "--json").stdout)
+    found = json.loads(labeller("stats", labelled, "--json").stdout)
     manifest = json.loads((labelled / "manifest.json").read_text())
     assert (found["documents"], found["tokens"]) == (manifest["documents"], manifest["tokens"])

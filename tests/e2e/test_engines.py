@@ -42,6 +42,7 @@ def engines_of(launcher: int) -> list[psutil.Process]:
     return found
 
 
+@pytest.mark.slow
 def test_a_killed_engine_changes_no_byte(corpus, small_model, tmp_path):
     vllm = ("--scorer", "vllm", "--engine-arg", "kv_cache_memory_bytes=268435456")
     done = run_lacy(*arguments(corpus, tmp_path / "undisturbed", small_model, *vllm))
@@ -85,7 +86,7 @@ def chat_model(small_model, tmp_path_factory) -> Path:
 
 
 def test_a_judge_gives_each_window_a_verdict_or_counts_it(small_model, chat_model, tmp_path):
-    texts = corpora.documents(8, seed=3)
+    texts = corpora.documents(4, seed=3)
     corpus = corpora.write(tmp_path / "a.jsonl", texts)
     judge = ("--judge", chat_model, "--policy", "judge", "--scorer", "transformers")
     done = run_lacy(*arguments(corpus, tmp_path / "d", small_model, *judge))

@@ -18,6 +18,7 @@ from labelers.reference import Scores
 from labelers.server_scorer import ServerScorer
 from tests.conftest import LACY, run_lacy
 from tests.e2e.test_label import digests, rows
+from tests.forks import Forks
 from tests.labelers.faulty_proxy import Fault, FaultyProxy
 from tests.labelers.serving import vllm_server
 from tests.pipeline import corpora
@@ -116,17 +117,19 @@ def test_answers_follow_a_schema(server: str) -> None:
     assert "HTTP 400" in str(long.error)
 
 
-def test_a_run_survives_its_servers_and_writes_the_same_bytes(server: str, model: Path, tmp_path: Path) -> None:
+def test_a_run_survives_its_servers_and_writes_the_same_bytes(
+    server: str, model: Path, tmp_path: Path, labeller: Forks
+) -> None:
     """Two ways to the real server: one breaks down in mid-run for a while, the other answers with every fault."""
     corpus = corpora.write(tmp_path / "c.jsonl", corpora.documents(12, seed=7, sentences=3))
     command = ["label", corpus, "--reference", model, "--window", WINDOW, "--part-bytes", 1024, "--workers", 1]
-    done = run_lacy(*command, "--out", tmp_path / "calm", "--server", server)
+    done = labeller(*command, "--out", tmp_path / "calm", "--server", server)
     assert done.returncode == 0, done.stderr
     trouble = map(Fault, ("status", "reset", "truncate", "other_ids", "drop", "close", "garbage"))
     faults = [fault for kind in trouble for fault in (kind, None)]
     stops = [None] * 3 + [Fault("stop", seconds=3.0)]
     with FaultyProxy(server, [None, *faults]) as odd, FaultyProxy(server, stops) as dying:
-        done = run_lacy(*command, "--out", tmp_path / "rough", "--server", f"{odd.url},{dying.url}/v1/")
+        done = labeller(*command, "--out", tmp_path / "rough", "--server", f"{odd.url},{dying.url}/v1/")
         assert len(odd.requests) > 6
         assert len(dying.requests) > len(stops)
     assert done.returncode == 0, done.stderr
@@ -136,7 +139,9 @@ def test_a_run_survives_its_servers_and_writes_the_same_bytes(server: str, model
     assert {part["scored"]["reference"] for part in manifest["parts"]} == {"server prompt_logprobs"}
 
 
-def test_a_document_that_no_server_takes_is_a_dead_letter(server: str, model: Path, tmp_path: Path) -> None:
+def test_a_document_that_no_server_takes_is_a_dead_letter(
+    server: str, model: Path, tmp_path: Path, labeller: Forks
+) -> None:
     texts = corpora.documents(6, seed=9, sentences=1)
     corpus = corpora.write(tmp_path / "c.jsonl", texts)
     ids = Tokenizer.from_file(str(model / "tokenizer.json")).encode(texts[3]["text"]).ids[:20]
@@ -147,7 +152,7 @@ def test_a_document_that_no_server_takes_is_a_dead_letter(server: str, model: Pa
 
     with FaultyProxy(server, fault) as proxy:
         more = ("--reference", model, "--window", WINDOW, "--workers", 1, "--server", proxy.url)
-        done = run_lacy("label", corpus, "--out", tmp_path / "d", *more)
+        done = labeller("label", corpus, "--out", tmp_path / "d", *more)
     assert done.returncode == 0, done.stderr
     (letter,) = [json.loads(line) for line in next((tmp_path / "d" / "deadletter").iterdir()).open()]
     assert letter["doc_id"] == texts[3]["id"]

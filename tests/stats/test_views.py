@@ -12,7 +12,7 @@ from stats.connect import connect
 from tests.stats.conftest import document, write
 
 TOKENS = (
-    *("doc_id", "part", "position", "token", "token_id", "token_start", "token_end", "word", "word_start"),
+    *("doc_id", "source", "part", "position", "token", "token_id", "token_start", "token_end", "word", "word_start"),
     *("factual", "pos", "ent_type", "ref_nll", "student_nll", "judge", "ref_correct"),
 )
 
@@ -21,7 +21,17 @@ def expected_token(doc, place):
     start, end = doc.spans[place]
     signal = {name: values[place] for name, values in doc.signals.items()}
     return (
-        *(doc.doc_id, doc.part, place, doc.text[start:end], signal["token_ids"], start, end, *doc.word(place)),
+        *(
+            doc.doc_id,
+            doc.source,
+            doc.part,
+            place,
+            doc.text[start:end],
+            signal["token_ids"],
+            start,
+            end,
+            *doc.word(place),
+        ),
         *(signal["factual"], POS[signal["pos"]] or None, ENT_TYPES[signal["ent_type"]] or None),
         *(signal["ref_nll"], signal["student_nll"], signal["judge"], signal["ref_correct"]),
     )
@@ -40,8 +50,8 @@ def columns(dataset, view):
 def test_tokens_equal_what_was_written(dataset, documents):
     assert columns(dataset, "tokens") == TOKENS
     expected = [expected_token(doc, place) for doc in documents for place in range(len(doc.spans))]
-    assert sorted(rows(dataset, "FROM tokens"), key=lambda row: (row[0], row[2])) == sorted(
-        expected, key=lambda row: (row[0], row[2])
+    assert sorted(rows(dataset, "FROM tokens"), key=lambda row: (row[0], row[3])) == sorted(
+        expected, key=lambda row: (row[0], row[3])
     )
 
 
@@ -55,7 +65,7 @@ def test_labels_are_the_tokens_once_for_each_set(dataset, documents):
     ]
     assert {row[0] for row in expected} == {"lacy", "a 'quoted' set"}
     assert {row[1] for row in expected} == set(LABELS)
-    key = lambda row: (row[0], row[2], row[4])  # noqa: E731
+    key = lambda row: (row[0], row[2], row[5])  # noqa: E731
     assert sorted(rows(dataset, "FROM labels"), key=key) == sorted(expected, key=key)
 
 

@@ -1,0 +1,107 @@
+"""The files of a dataset as a file system that only reads: all that a connection can reach.
+
+DuckDB asks for `dataset://` and a name below the dataset's folder; what is read comes from the folder or the object
+store. A name that the manifest does not list does not exist, and nothing can be written, whatever the SQL says.
+"""
+
+import errno
+import io
+import os
+from datetime import UTC, datetime
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from fsspec import AbstractFileSystem
+
+from schemas.views import PREFIX
+
+_UNCHANGED = datetime(2000, 1, 1, tzinfo=UTC)
+
+
+class DatasetFiles(AbstractFileSystem):
+    """`dataset` is a folder or a UPath; `files` the names below it and their bytes (`schemas.views.Views.files`)."""
+
+    protocol = PREFIX.removesuffix("://")
+    cachable = False
+
+    def __init__(self, dataset: Path, files: dict[str, int]):
+        super().__init__()
+        self._files = files
+        self._local = isinstance(dataset, Path)
+        self._dataset: Any = dataset.resolve() if self._local else dataset
+        for folder in {PurePosixPath(name).parent for name in files} if self._local else ():
+            if not (self._dataset / folder).resolve().is_relative_to(self._dataset):
+                raise PermissionError(f"{self._dataset / folder} is a link out of the dataset, which is not followed")
+
+    def glob(self, path: str, **_: Any) -> list[str]:
+        name = path.removeprefix(PREFIX)
+        found = [name] if name in self._files else sorted(known for known in self._files if fnmatchcase(known, name))
+        return [PREFIX + name for name in found]
+
+    def info(self, path: str, **_: Any) -> dict[str, Any]:
+        return {"name": path, "size": self._size(path), "type": "file"}
+
+    def exists(self, path: str, **_: Any) -> bool:
+        return path.removeprefix(PREFIX) in self._files
+
+    def modified(self, path: str) -> datetime:
+        """Parts are written once: what has been read of one need not be read again."""
+        return _UNCHANGED
+
+    def open(self, path: str, mode: str = "rb", **_: Any) -> Any:
+        """Raises PermissionError for a mode that writes, OSError for a file that is missing or not what was written."""
+        if mode != "rb":
+            raise PermissionError(f"{path} cannot be written: a dataset is only read here")
+        size = self._size(path)
+        if not self._local:
+            file = self._dataset / path.removeprefix(PREFIX)
+            return _Ranges(file.fs, file.path, size)
+        return io.FileIO(self._open_local(f"{self._dataset}/{path.removeprefix(PREFIX)}", size))
+
+    def _open_local(self, path: str, size: int) -> int:
+        """A descriptor. Few calls to the system: between them the threads of a query wait for each other."""
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise PermissionError(f"{path} is a link, and may lead out of the dataset") from None
+            raise
+        if (there := os.fstat(descriptor).st_size) != size:
+            os.close(descriptor)
+            raise OSError(f"{path} is damaged, it has {there} bytes and not {size}: lacy check says what else is")
+        return descriptor
+
+    def _size(self, path: str) -> int:
+        try:
+            return self._files[path.removeprefix(PREFIX)]
+        except KeyError:
+            raise FileNotFoundError(f"{path} is no file of the dataset") from None
+
+
+class _Ranges(io.RawIOBase):
+    """An object of a store: what is asked for is one request, and nothing is read ahead."""
+
+    def __init__(self, store: AbstractFileSystem, path: str, size: int):
+        self._store, self._path, self._size, self._place = store, path, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._place
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._place = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._size}[whence]
+        return self._place
+
+    def read(self, size: int = -1) -> bytes:
+        end = self._size if size < 0 else min(self._place + size, self._size)
+        if end <= self._place:
+            return b""
+        data = self._store.cat_file(self._path, start=self._place, end=end)
+        self._place += len(data)
+        return data
