@@ -28,6 +28,7 @@ check: .venv/test.done
 bench: .venv/test.done
 	.venv/bin/python benchmarks/label.py
 	.venv/bin/python benchmarks/score.py
+	.venv/bin/python benchmarks/stats.py
 	.venv/bin/python benchmarks/train.py
 	.venv/bin/python benchmarks/cascade.py
 
