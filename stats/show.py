@@ -288,7 +288,7 @@ def _not_there(connection: duckdb.DuckDBPyConnection, dataset: Dataset, doc_id: 
         """,
         {"id": doc_id, "enough": _CLOSE_ENOUGH, "most": CLOSE},
     ).fetchall()
-    close = f"{', '.join(repr(name) for (name,) in found)} is like it; " if found else ""
+    close = f"like it are {', '.join(repr(name) for (name,) in found)}; " if found else ""
     listed = f'lacy sql {shlex.quote(str(dataset))} "SELECT doc_id FROM documents LIMIT 10"'
     return f"{dataset} has no document {doc_id!r}: {close}{listed} names some"
 

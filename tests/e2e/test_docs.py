@@ -25,8 +25,11 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # tests/e2e/test_engines.py and others run these for a minute each
 NEEDS_ENGINE = r"lacy label .*(--scorer vllm|--server|--judge)"
 # make bench runs these, and tests/e2e/test_paper.py the last
-LONG = r"benchmarks/(label|score|train|mfu|cascade)\.py|experiments/paper\.py"
+LONG = r"benchmarks/(label|score|stats|train|mfu|cascade)\.py|experiments/paper\.py"
 TRAINED = "lacy train labelled --out trained --model tiny --context 128 --holdout 0.5 --gt-tokens 3000"
+SEED = 40
+DOCUMENT = str(corpora.documents(1, seed=SEED)[0]["id"])
+NEW = "rm -rf labelled && "
 ELSEWHERE = ("pip install", "make ", "gs://", "pre-commit")  # an installation, a cluster; make is what runs this
 
 
@@ -82,7 +85,7 @@ def closed_server() -> Iterator[str]:
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory, small_model) -> Path:
     folder = tmp_path_factory.mktemp("workplace")
-    rows = corpora.documents(12, seed=40)
+    rows = corpora.documents(12, seed=SEED)
     corpora.write(folder / "corpus" / "a.jsonl.gz", rows)
     gold = [row | {"gold": [[0, 3]], "covered": [[0, len(row["text"])]]} for row in rows]
     (folder / "gold.jsonl.gz").write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in gold).encode()))
@@ -100,11 +103,16 @@ def labelled(workplace) -> None:
     run(workplace, "rm -rf labelled gold && cp -r before labelled")
 
 
-def quickly(lacy: Forks, workplace: Path, command: str) -> subprocess.CompletedProcess[str]:
+def quickly(forks: tuple[Forks, Forks], workplace: Path, command: str) -> subprocess.CompletedProcess[str]:
     """As `run`, and without the imports where the command is one of ours, with no need of a shell."""
-    if not re.match(r"lacy (?!label|tokenizer|models)", command) or re.search(r"&&|[|>]", command):
+    if command.startswith(NEW):
+        run(workplace, "rm -rf labelled")
+        command = command.removeprefix(NEW)
+    if not re.match("lacy (?!models)", command) or re.search(r"&&|[|>]", command):
         return run(workplace, command)
-    return lacy(*shlex.split(command)[1:], cwd=workplace)
+    lacy, labeller = forks
+    labels = re.match("lacy (label|decide|tokenizer|check|stats|sql|show|report)", command)
+    return (labeller if labels else lacy)(*shlex.split(command)[1:], cwd=workplace)
 
 
 def run(workplace: Path, command: str) -> subprocess.CompletedProcess[str]:
@@ -122,17 +130,20 @@ def run(workplace: Path, command: str) -> subprocess.CompletedProcess[str]:
 def as_here(command: str) -> str:
     """The small model for the reader's; the examples of `lacy label` all write to a new folder of the same name."""
     command = re.sub(r"--reference (?!none)\S+", "--reference models/small", command)
+    command = command.replace("DOC_ID", DOCUMENT)
     command = re.sub(r"--gt-tokens \d+", "--gt-tokens 3000", command)
     command = re.sub(r"--partner (?!none|http)\S+", "--partner models/small", command)
     command = re.sub(r"^lacy compare( \w\S*)+", "lacy compare run run", command)
     if re.match(r"lacy (generate|eval factscore)", command) and "--partner" not in command:
         command += " --partner models/small"
     if command.startswith("lacy label"):
-        command = f"rm -rf labelled && {command}" + ("" if "--reference" in command else " --reference models/small")
+        command = f"{NEW}{command}" + ("" if "--reference" in command else " --reference models/small")
+        command += "" if "--workers" in command else " --workers 1"
     return command
 
 
-def test_the_commands_of_a_page(workplace, ran, page, closed_server, lacy):
+def test_the_commands_of_a_page(workplace, ran, page, closed_server, lacy, labeller):
+    forks = lacy, labeller
     run(workplace, "rm -rf run run-*")
     found = commands(page)
     named = {" ".join(command.split()[:2]) for command in found}
@@ -145,7 +156,7 @@ def test_the_commands_of_a_page(workplace, ran, page, closed_server, lacy):
     if needs_tokenizer:  # the page trains it after it is first named
         found.sort(key=lambda command: not command.startswith("lacy tokenizer"))
     for command in [command for command in found if not re.search(LONG, command)]:
-        if as_here(command).startswith("rm -rf labelled") and as_here(command) in ran:
+        if as_here(command).startswith(NEW) and as_here(command) in ran:
             continue  # another page's, or another's model, for which the small one stands too
         ran.add(as_here(command))
         if re.search(NEEDS_ENGINE, command):
@@ -153,11 +164,11 @@ def test_the_commands_of_a_page(workplace, ran, page, closed_server, lacy):
             assert "leave out --limit" in done.stderr, f"{command}\n{done.stderr}"  # read to the end, and understood
             continue
         if "http://" in command:
-            done = quickly(lacy, workplace, re.sub(r"http://[^\s,]+", closed_server, as_here(command)))
+            done = quickly(forks, workplace, re.sub(r"http://[^\s,]+", closed_server, as_here(command)))
             assert done.returncode == 1 and done.stderr.startswith("lacy: "), f"{command}\n{done.stderr}"
             assert re.search("401|refused the key", done.stderr)  # it came as far as the server
             continue
-        done = quickly(lacy, workplace, as_here(command))
+        done = quickly(forks, workplace, as_here(command))
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         assert "Traceback" not in done.stderr
 

@@ -4,16 +4,15 @@ import gzip
 import json
 
 from benchmarks.gold import load, measure
-from tests.conftest import run_lacy
 
 
-def test_flagged_share_recall_and_precision(dev_data, small_model, tmp_path):
+def test_flagged_share_recall_and_precision(dev_data, small_model, tmp_path, labeller):
     gold = load(dev_data / "dwiki-dev.jsonl.gz")
     first = list(gold.values())[:200]
     with gzip.open(tmp_path / "gold.jsonl.gz", "wt") as lines:
         lines.writelines(json.dumps({"id": row["id"], "text": row["text"]}) + "\n" for row in first)
     grammar_alone = ("--reference", "none", "--tokenizer", small_model, "--policy", "factual", "--workers", 1)
-    done = run_lacy("label", tmp_path / "gold.jsonl.gz", "--out", tmp_path / "d", *grammar_alone)
+    done = labeller("label", tmp_path / "gold.jsonl.gz", "--out", tmp_path / "d", *grammar_alone)
     assert done.returncode == 0, done.stderr
     found = measure(tmp_path / "d", gold)
     assert found["documents"] == 200

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.conftest import LACY, run_lacy
+from tests.conftest import LACY
 from tests.trainer.datasets import make
 
 SMALL = ["--model", "tiny", "--context", 32, "--batch", 2, "--holdout", 0.1, "--loader-workers", 0]
@@ -22,8 +22,8 @@ def dataset(tmp_path_factory) -> Path:
     return make(tmp_path_factory.mktemp("labelled") / "dataset")
 
 
-def test_what_a_run_prints(tmp_path, dataset):
-    done = run_lacy("train", dataset, "--out", tmp_path / "run", "--max-steps", 4, *SMALL)
+def test_what_a_run_prints(tmp_path, dataset, lacy):
+    done = lacy("train", dataset, "--out", tmp_path / "run", "--max-steps", 4, *SMALL)
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
     lines = done.stderr.splitlines()
@@ -37,9 +37,9 @@ def test_what_a_run_prints(tmp_path, dataset):
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["max_steps"] == 4
 
 
-def test_what_it_refuses(tmp_path, dataset):
+def test_what_it_refuses(tmp_path, dataset, lacy):
     def refused(*arguments: object) -> tuple[int, str]:
-        done = run_lacy("train", *arguments, "--out", tmp_path / "run")
+        done = lacy("train", *arguments, "--out", tmp_path / "run")
         *before, message = done.stderr.splitlines()
         assert message.startswith("lacy: ") and all("from the beginning" in line for line in before), done.stderr
         return done.returncode, message

@@ -238,8 +238,8 @@ def test_without_losses(tmp_path):
 def test_an_id_that_is_not_there(tmp_path):
     write(tmp_path, [document(name, "A goose.") for name in ("wiki-001", "wiki-002", "Other\x1b[2J", "zz")])
     for asked, says in (
-        ("wiki-01", "'wiki-001', 'wiki-002' is like it; lacy sql"),
-        ("other", r"'Other\\x1b\[2J' is like it"),
+        ("wiki-01", "like it are 'wiki-001', 'wiki-002'; lacy sql"),
+        ("other", r"like it are 'Other\\x1b\[2J'"),
         ("nothing", r'no document \'nothing\': lacy sql \S+ "SELECT doc_id FROM documents LIMIT 10" names some'),
         ("", "no document '': lacy sql"),
     ):
