@@ -1,7 +1,7 @@
 """The SQL of the DuckDB views over a dataset. They read the part files that the manifest lists, and nothing else.
 
 In SQL a file of the dataset is `dataset://` and its name below the dataset's folder, wherever that lies; the database
-needs a file system of this name (`stats.reader`).
+needs a file system of this name (`stats.files`).
 
 `documents`, one row a document:
     doc_id, source, part                text: NULL without text

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from schemas.manifest import DatasetError, at
 from schemas.views import PREFIX, create_views, quote
-from stats.reader import DatasetFiles
+from stats.files import DatasetFiles
 
 _REMOTE_THREADS: Final = 4  # for each core: what reads from an object store waits more than it computes
 _SESSION: Final = r"(?is)create\s+(or\s+replace\s+)?(temp|temporary)\s+(recursive\s+)?(table|view|macro|function)\b"
@@ -30,7 +30,7 @@ def connect(dataset: str | os.PathLike[str]) -> duckdb.DuckDBPyConnection:
     `dataset` is a folder or a URL (s3://, gs://, any that fsspec knows; credentials as s3fs and gcsfs find them).
 
     The database lies in memory and is locked. All that it can open are the files that the manifest lists, to read
-    them (`stats.reader`). So whatever SQL it is given, however it is spelt, it cannot write to the dataset, read or
+    them (`stats.files`). So whatever SQL it is given, however it is spelt, it cannot write to the dataset, read or
     write other files, follow links out of the dataset, reach the network, install or load extensions, store secrets,
     read Python variables by name, or change any of this. Tables and views that it creates are in memory. A query
     larger than memory spills to a folder of its own below the system's temporary folder, the one place where SQL can

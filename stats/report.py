@@ -25,7 +25,7 @@ from schemas.codes import ENT_TYPES, LABELS, POS
 from schemas.files import write_atomic
 from schemas.manifest import DatasetError, Manifest, at, label_sets, read_complete
 from schemas.printable import printable
-from stats import reading
+from stats import excerpts
 from stats.compute import compute
 from stats.figures import BIN_WIDTH, BINS, QUANTILES, Group, Losses, Stats
 
@@ -50,7 +50,7 @@ def write(
     """Write the page of a dataset to `out`, whole or not at all.
 
     `labels` and `where` are those of `stats.compute.compute`; they also say which documents can be read. `documents`
-    is how many, see `stats.reading.choose`, or their ids. Of long documents the page has the first tokens:
+    is how many, see `stats.excerpts.choose`, or their ids. Of long documents the page has the first tokens:
     at most TOKENS, and fewer where the page would get too large otherwise. `on_stage` hears what is being done.
 
     Raises DatasetError for a dataset that is missing, unfinished or damaged, and for a label set or a document that it
@@ -63,10 +63,10 @@ def write(
     figures = compute(folder, labels, where=where, on_stage=on_stage)
     on_stage("reading documents")
     if isinstance(documents, int):
-        ids = None if where is None else reading.matching(folder, figures.labels, where)
-        rows = reading.choose(folder, manifest, figures.labels, documents, ids)
+        ids = None if where is None else excerpts.matching(folder, figures.labels, where)
+        rows = excerpts.choose(folder, manifest, figures.labels, documents, ids)
     else:
-        rows = reading.find(folder, documents)
+        rows = excerpts.find(folder, documents)
     data = _data(folder, manifest, figures, rows)
     write_atomic(Path(out), page(figures, manifest, data, spread=isinstance(documents, int)).encode())
 
@@ -81,12 +81,12 @@ class Data:
     tokens: int  # that a document may have at most
 
 
-def _data(folder: Path, manifest: Manifest, figures: Stats, rows: Sequence[reading.Row]) -> Data:
+def _data(folder: Path, manifest: Manifest, figures: Stats, rows: Sequence[excerpts.Row]) -> Data:
     """The documents in at most DOCUMENT_BYTES each, on average; few may take as much as DOCUMENTS."""
     sets = label_sets(folder)
     limit = TOKENS
     while True:
-        documents = reading.read(folder, rows, list(sets), limit)
+        documents = excerpts.read(folder, rows, list(sets), limit)
         content = {
             "sets": [
                 {"name": printable(name), "policy": found.policy, "action": found.action, "threshold": found.threshold}
@@ -96,8 +96,8 @@ def _data(folder: Path, manifest: Manifest, figures: Stats, rows: Sequence[readi
             "budgets": [[pick.budget, pick.threshold] for pick in figures.budgets if pick.threshold is not None],
             "policy": figures.policy,
             "names": {"pos": POS, "ent": ENT_TYPES, "label": LABELS},
-            "codes": reading.CODES,
-            "units": reading.LOSS_UNITS,
+            "codes": excerpts.CODES,
+            "units": excerpts.LOSS_UNITS,
             "documents": documents,
         }
         packed = _pack(content)

@@ -12,7 +12,7 @@ from schemas import manifest
 from schemas.codes import DELEGATE, ENT_TYPES, IGNORE, LEARN, POS
 from schemas.manifest import DatasetError
 from schemas.printable import printable
-from stats import reading, report
+from stats import excerpts, report
 from stats.compute import compute
 from stats.connect import SqlError
 from tests.stats import conftest
@@ -126,8 +126,8 @@ def test_the_documents_are_the_most_delegated_and_an_even_spread(tmp_path):
     whole = manifest.read_complete(folder)
 
     def chosen(labels, count, ids=None):
-        rows = reading.choose(folder, whole, labels, count, ids)
-        return [document["id"] for document in reading.read(folder, rows, [], 10)]
+        rows = excerpts.choose(folder, whole, labels, count, ids)
+        return [document["id"] for document in excerpts.read(folder, rows, [], 10)]
 
     # "d3" has the largest share but is short; of the other 17, the middles of three thirds
     assert chosen("lacy", 6) == ["d2", "d5", "d9", "d11", "d16", "d17"]
@@ -187,7 +187,7 @@ def test_fifty_long_documents_stay_below_five_megabytes(tmp_path):
     assert len(document.spans) > report.TOKENS
     folder = conftest.write(tmp_path / "d", [document])
     whole = manifest.read_complete(folder)
-    rows = reading.choose(folder, whole, "lacy", 1) * 50
+    rows = excerpts.choose(folder, whole, "lacy", 1) * 50
     figures = compute(folder)
     packed = report._data(folder, whole, figures, rows)
     page = report.page(figures, whole, packed, spread=True)
@@ -226,13 +226,13 @@ def test_labels_of_other_documents_are_damage(tmp_path):
         tmp_path / "other", [conftest.document(f"e{n}", "Odra Venn counts geese.") for n in range(3)]
     )
     [part] = [part.name for part in manifest.read_complete(folder).parts if part.rows]
-    rows = reading.choose(folder, manifest.read_complete(folder), None, 3)
+    rows = excerpts.choose(folder, manifest.read_complete(folder), None, 3)
     manifest.labels_path(folder, "lacy", part).write_bytes(manifest.labels_path(other, "lacy", part).read_bytes())
     with pytest.raises(DatasetError, match=r"damaged: lacy check"):
-        reading.read(folder, rows, ["lacy"], 10)
+        excerpts.read(folder, rows, ["lacy"], 10)
     manifest.signals_path(folder, part).write_bytes(b"PAR1")
     with pytest.raises(DatasetError, match=r"damaged: lacy check"):
-        reading.read(folder, rows, [], 10)
+        excerpts.read(folder, rows, [], 10)
 
 
 def test_corpus_text_is_no_markup(hostile):

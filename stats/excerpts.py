@@ -1,4 +1,4 @@
-"""The documents of the report: which ones, and their tokens in a form that a page can hold.
+"""What the report shows of documents: which ones, and their tokens in a form that a page can hold.
 
 A document is a dict of JSON values, one entry a token in each list and one character a token in each string:
 
