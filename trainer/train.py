@@ -422,7 +422,10 @@ def _peak_flops(device: torch.device) -> float | None:
 
 @contextmanager
 def _stoppable() -> Iterator[Stop]:
-    """SIGTERM and SIGINT are noted. A second ctrl-c is not: schedulers send SIGTERM twice, people mean it."""
+    """SIGTERM and SIGINT are noted. A second ctrl-c is not: schedulers send SIGTERM twice, people mean it.
+
+    They are let through, too: a fork server that a loader started (`trainer.data`) blocks them in all that it starts.
+    """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
@@ -436,9 +439,11 @@ def _stoppable() -> Iterator[Stop]:
 
     for number in before:
         signal.signal(number, note)
+    blocked = signal.pthread_sigmask(signal.SIG_UNBLOCK, before)
     try:
         yield stop
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         for number, handler in before.items():
             signal.signal(number, handler)
 

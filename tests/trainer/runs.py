@@ -18,11 +18,14 @@ _context.set_forkserver_preload(["trainer.train", "torchdata.stateful_dataloader
 TIMES = ("tokens_per_second", "memory", "mfu")  # what differs between two equal runs
 
 
-def start(config: TrainConfig, ranks: int = 1, told: Any = None, largest_file: int | None = None) -> list[Any]:
-    """The processes of a run, as torchrun would start them."""
+def start(
+    config: TrainConfig, ranks: int = 1, told: Any = None, largest_file: int | None = None, deaf: bool = False
+) -> list[Any]:
+    """The processes of a run, as torchrun would start them; or `deaf`, as a program might that blocks signals."""
     port = _free_port()
     processes = [
-        _context.Process(target=_run, args=(config, rank, ranks, port, told, largest_file)) for rank in range(ranks)
+        _context.Process(target=_run, args=(config, rank, ranks, port, told, largest_file, deaf))
+        for rank in range(ranks)
     ]
     for process in processes:
         process.start()
@@ -93,8 +96,11 @@ def _free_port() -> int:
         return free.getsockname()[1]
 
 
-def _run(config: TrainConfig, rank: int, ranks: int, port: int, told: Any, largest_file: int | None) -> None:
+def _run(
+    config: TrainConfig, rank: int, ranks: int, port: int, told: Any, largest_file: int | None, deaf: bool
+) -> None:
     _as_torchrun_does(rank, ranks, port)
+    signal.pthread_sigmask(signal.SIG_BLOCK if deaf else signal.SIG_UNBLOCK, {signal.SIGTERM})
     if largest_file is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))

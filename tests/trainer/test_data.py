@@ -631,8 +631,11 @@ def test_a_dataset_that_cannot_be_learnt_from_is_refused(small, damage, message)
 
 
 @pytest.mark.parametrize("where", ["nope://bucket/d", "s3://bucket/d"])
-def test_a_store_that_cannot_be_opened_is_refused(where):
-    with pytest.raises(DatasetError, match=f"^{where} cannot be read: .*(nope|s3fs)"):
+def test_a_store_that_cannot_be_opened_is_refused(where, monkeypatch, tmp_path):
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    with pytest.raises(DatasetError, match=f"^{where} cannot be read: .*(nope|s3fs|credentials)"):
         shards.open_labels(where, None)
 
 

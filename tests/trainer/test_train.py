@@ -101,9 +101,10 @@ def test_shards_of_bfloat16_learn_together(tmp_path, dataset, still_gpt2, batch)
     assert losses[0] == pytest.approx(losses[1], rel=0.01)
 
 
-def test_a_signal_ends_a_run_with_a_checkpoint(tmp_path, dataset, small_gpt2):
+@pytest.mark.parametrize("deaf", [False, True])
+def test_a_signal_ends_a_run_with_a_checkpoint(tmp_path, dataset, small_gpt2, deaf):
     config = configured(dataset, small_gpt2, tmp_path / "run", max_steps=100_000, save_every=100_000)
-    (process,) = runs.start(config)
+    (process,) = runs.start(config, deaf=deaf)
     while len(runs.log(config)) < 3:
         assert process.is_alive()
         time.sleep(0.01)
