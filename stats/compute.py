@@ -245,8 +245,8 @@ def _range(column: str, begins: Sequence[int]) -> str:
 
 
 def _names(begins: Sequence[int]) -> list[str]:
-    between = [f"{a:,}" if a == b - 1 else f"{a:,} to {b - 1:,}" for a, b in pairwise(begins)]
-    return [*between, f"{begins[-1]:,} and more"]
+    between = [f"{a:,}" if a == b - 1 else f"{a:,}-{b - 1:,}" for a, b in pairwise(begins)]
+    return [*between, f"{begins[-1]:,}+"]
 
 
 def _add_up(counts: pa.Table, *by: str) -> list[Row]:

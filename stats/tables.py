@@ -42,7 +42,7 @@ def show(stats: Stats, console: Console) -> None:
         _groups_table("ent_type", stats.ent_type, stats),
     )
     put(
-        f"By position in the document and by length of the document, in tokens: {shares}",
+        "By position in the document, and by its length, in tokens",
         _groups_table("position", stats.position, stats),
         _groups_table("length", stats.length, stats),
     )
@@ -122,8 +122,8 @@ def _fold(groups: Sequence[figures.Group]) -> list[figures.Group]:
 
 def _budgets_table(stats: Stats) -> Table:
     table = _table(numbers=("budget", "picked", "lowest loss", "mean loss"), gap=2)
-    table.add_column("parts of speech picked", no_wrap=True)
-    table.add_column("entity types picked", no_wrap=True)
+    table.add_column("parts of speech picked", no_wrap=True, overflow="ellipsis")
+    table.add_column("entity types picked", no_wrap=True, overflow="ellipsis")
     for pick in stats.budgets:
         mean = pick.nll / pick.tokens if pick.tokens else None
         row = (f"{pick.budget:.0%}", _share(pick.tokens, stats.tokens), _number(pick.threshold), _number(mean))
@@ -188,7 +188,7 @@ def _table(*names: str, numbers: Sequence[str], gap: int = 2) -> Table:
     for name in names:
         table.add_column(name, no_wrap=True, overflow="ellipsis", max_width=_WORD_WIDTH)
     for name in numbers:
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right", no_wrap=True, min_width=len(name))
     return table
 
 

@@ -140,9 +140,9 @@ def test_groups(dataset, bare, documents, labels, looked_at):
 
 def test_names_of_ranges(dataset):
     stats = compute(dataset)
-    assert [found.name for found in stats.position] == ["0", "1 to 15", "16 to 63", "64 to 255"]
-    assert [found.name for found in stats.length] == ["1 to 63", "64 to 255"]
-    assert module._names(module.LENGTHS)[-2:] == ["4,096 to 16,383", "16,384 and more"]
+    assert [found.name for found in stats.position] == ["0", "1-15", "16-63", "64-255"]
+    assert [found.name for found in stats.length] == ["1-63", "64-255"]
+    assert module._names(module.LENGTHS)[-2:] == ["4,096-16,383", "16,384+"]
 
 
 def test_losses(dataset, looked_at):

@@ -30,6 +30,13 @@ def test_tables_fit(dataset):
     assert len(narrow.splitlines()) > len(lines)
 
 
+def test_long_documents_fit(tmp_path):
+    out = printed(compute(write(tmp_path, [document(name, "some words " * 3000) for name in "ab"])))
+    assert "budget  picked  lowest loss  mean loss  parts of speech" in out
+    position = out[out.index("By position") :].split("\n\n")[0]
+    assert "1,024-4,095" in position and "delegated loss" in position and "…" not in position
+
+
 def test_numbers_stand_under_each_other(dataset):
     lines = printed(compute(dataset, "lacy")).splitlines()
     (start,) = (place for place, line in enumerate(lines) if line.startswith("tokens "))
