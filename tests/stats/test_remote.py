@@ -10,7 +10,7 @@ import pytest
 
 import lacy
 from schemas.manifest import DatasetError, at, signals_path
-from stats import reader
+from stats import files
 from stats.connect import connect
 from tests.conftest import LACY
 from tests.stats.conftest import document, write
@@ -60,14 +60,14 @@ def put(request):
 def fetched(monkeypatch):
     """What queries read of the store: the file's name, and the bytes."""
     found = []
-    read = reader._Ranges.read
+    read = files._Ranges.read
 
     def counting(self, size=-1):
         data = read(self, size)
         found.append((self._path, len(data)))
         return data
 
-    monkeypatch.setattr(reader._Ranges, "read", counting)
+    monkeypatch.setattr(files._Ranges, "read", counting)
     return found
 
 
