@@ -45,7 +45,10 @@ def main(
     partner: Annotated[str, typer.Option(help="As for lacy generate.")] = "smollm2-135m",
     objectives: Annotated[str, typer.Option(help="Of lacy train, with commas.")] = "lacy,loss,random,standard",
     budget: Annotated[float, typer.Option(help="Share of the positions that may call, in generation.")] = 0.22,
-    gt_tokens: Annotated[int | None, typer.Option(help="Tokens learnt, in place of the size's.")] = None,
+    train: Annotated[
+        list[str] | None,
+        typer.Option("--train", metavar="NAME=VALUE", help="Of lacy train, in place of the size's, as batch=16."),
+    ] = None,
     pairs: Annotated[int | None, typer.Option(help="Facts asked for, in place of the size's.")] = None,
     task: Annotated[list[str] | None, typer.Option(help="Of lacy eval nlu; default: continuations.")] = None,
     entities: Annotated[Path | None, typer.Option(help="For FActScore: a name a line.")] = None,
@@ -58,15 +61,15 @@ def main(
     if size not in SIZES:
         raise typer.BadParameter(f"{size} is none of {', '.join(SIZES)}")
     began = time.monotonic()
-    settings = SIZES[size] | ({"gt-tokens": gt_tokens} if gt_tokens else {})
+    settings = SIZES[size] | dict(_pair(given) for given in train or [])
     asked = ["--pairs", str(pairs or PAIRS[size])]
     held = ["--holdout", str(settings["holdout"])]
     tasks = task or [str(continuations(dataset, float(str(settings["holdout"])), out / "continuations"))]
     runs = [out / objective for objective in objectives.split(",")]
-    train = [*shlex.split(launcher), "lacy"] if launcher else [LACY]
+    trainer = [*shlex.split(launcher), "lacy"] if launcher else [LACY]
     for run in runs:
         flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-        step(out, [*train, "train", dataset, "--out", run, "--objective", run.name, *flags, "--resume"])
+        step(out, [*trainer, "train", dataset, "--out", run, "--objective", run.name, *flags, "--resume"])
     for run in runs:
         # <CALL> was never trained: the strongest that such a model can do is to call where it is unsure
         score = "uncertainty" if run.name == "standard" or run.name.startswith("ignore") else "margin"
@@ -90,6 +93,13 @@ def main(
         figures = json.loads((alone / "eval" / "leakage.json").read_text())["figures"]
         print(f"the partner alone, on the held-out documents: {figures['contained']:.1%} contained")
     print(f"{(time.monotonic() - began) / 60:.0f} minutes, of this start alone")
+
+
+def _pair(given: str) -> tuple[str, object]:
+    name, equals, value = given.partition("=")
+    if not (name and equals):
+        raise typer.BadParameter(f"{given} is not NAME=VALUE", param_hint="--train")
+    return name.replace("_", "-"), value
 
 
 def step(out: Path, command: list[object]) -> None:

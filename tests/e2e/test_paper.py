@@ -52,7 +52,7 @@ def test_the_whole_recipe(tmp_path, small_model):
     assert done.returncode == 0, done.stderr
     command = [
         sys.executable, RECIPE, "smoke", "--dataset", tmp_path / "labelled", "--partner", small_model,
-        "--out", tmp_path / "paper", "--objectives", "lacy,standard", "--gt-tokens", 3000, "--pairs", 10,
+        "--out", tmp_path / "paper", "--objectives", "lacy,standard", "--train", "gt-tokens=3000", "--pairs", 10,
     ]  # fmt: skip
     for _ in range(2):
         done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=500, cwd=ROOT)
