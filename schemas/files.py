@@ -1,28 +1,56 @@
-"""Files that are either whole or not there."""
+"""Files that are either whole or not there, in a folder or in an object store.
+
+A path is a `Path`, or the `UPath` of a URL (`schemas.manifest.at`). In a folder a file is written under a temporary
+name and renamed; in a store an object appears with the one request that puts it, and nothing has a temporary name.
+Requests that fail are made again, with growing pauses; a store that goes on failing, or refuses, is a DatasetError.
+"""
 
 import hashlib
 import os
+import shutil
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, Final, TypeVar
 
 TEMPORARY = ".tmp"
+ATTEMPTS: Final = 7  # for one request to a store; the libraries make some of their own for each
+FIRST_PAUSE: Final = 0.2  # seconds, at most; doubles, and is drawn at random so that workers do not return together
+LONGEST_PAUSE: Final = 20.0
+READERS: Final = 16  # threads that read local files
+CREDENTIALS: Final = {
+    "s3": "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+    "gs": "run gcloud auth application-default login, or set GOOGLE_APPLICATION_CREDENTIALS",
+}
+
+T = TypeVar("T")
 
 
-def write_atomic(path: Path, data: bytes | memoryview) -> None:
-    """Write `data` as `open_atomic` does."""
-    with open_atomic(path) as file:
-        file.write(data)
+class DatasetError(Exception):
+    """A dataset that is missing, damaged, or of another kind than asked for; the message says what to do."""
+
+
+def write_atomic(path: Path, data: bytes | memoryview, *, create: bool = False) -> None:
+    """Write a file so that a reader sees the old one or the new one, never a part of either.
+
+    With `create`, raises FileExistsError where there is one already, unless it holds the same bytes: so a request that
+    was made twice because its answer was lost is no failure.
+    """
+    if is_remote(path):
+        _put(path, bytes(data), create)
+    else:
+        with open_atomic(path, create=create) as file:
+            file.write(data)
 
 
 @contextmanager
-def open_atomic(path: Path) -> Iterator[BinaryIO]:
-    """A file to write under a temporary name beside `path`; at the end it is flushed to disk and renamed into place.
+def open_atomic(path: Path, *, create: bool = False) -> Iterator[BinaryIO]:
+    """A local file to write under a temporary name beside `path`; at the end it is flushed to disk and renamed.
 
-    A reader sees the old file or the new one, never a part of either. Raises OSError (a full disk, no permission)
-    and leaves no temporary file then, nor when the block raises.
+    Raises OSError (a full disk, no permission) and leaves no temporary file then, nor when the block raises.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
@@ -31,16 +59,105 @@ def open_atomic(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
+        if create:
+            _link(temporary, path)
+        else:
+            os.replace(temporary, path)
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
+
+
+def read_bytes(path: Path) -> bytes:
+    """A whole file. Raises FileNotFoundError where there is none."""
+    if not is_remote(path):
+        return path.read_bytes()
+    store, name = _located(path)
+    return patiently(lambda: store.cat_file(name), path)
+
+
+def read_many(paths: Sequence[Path]) -> list[bytes]:
+    """Whole files, many at a time, in the order asked for. Raises FileNotFoundError where one is missing."""
+    if not paths:
+        return []
+    if not is_remote(paths[0]):
+        with ThreadPoolExecutor(READERS) as pool:
+            return list(pool.map(lambda path: path.read_bytes(), paths))
+    store = _located(paths[0])[0]
+    names = [_located(path)[1] for path in paths]
+    found: dict[str, bytes] = {}
+
+    def read_missing() -> None:
+        wanted = [name for name in names if name not in found]
+        answers = store.cat(wanted, on_error="return") if len(wanted) > 1 else {wanted[0]: store.cat_file(wanted[0])}
+        errors = [answer for answer in answers.values() if isinstance(answer, BaseException)]
+        found.update({name: answer for name, answer in answers.items() if isinstance(answer, bytes)})
+        if errors:
+            raise next((error for error in errors if not _is_transient(error)), errors[0])
+
+    patiently(read_missing, paths[0].parent)
+    return [found[name] for name in names]
+
+
+def sizes(folder: Path, pattern: str = "*") -> dict[str, int]:
+    """The bytes of the files in a folder, by name, sorted: one listing. Empty where there is no such folder."""
+    found: dict[str, int] = {}
+    if is_remote(folder):
+        store, name = _located(folder)
+        entries = patiently(lambda: _listing(store, name, store.ls), folder)
+        found = {entry["name"]: entry["size"] for entry in entries if entry["type"] == "file"}
+    else:
+        with suppress(FileNotFoundError), os.scandir(folder) as children:
+            found = {child.name: child.stat().st_size for child in children if child.is_file()}
+    return {name: found[name] for name in sorted(found) if fnmatchcase(name, pattern)}
+
+
+def folders(folder: Path) -> list[str]:
+    """The names of the folders in a folder, sorted. Empty where there is no such folder."""
+    if not is_remote(folder):
+        with suppress(FileNotFoundError), os.scandir(folder) as children:
+            return sorted(child.name for child in children if child.is_dir())
+        return []
+    store, name = _located(folder)
+    entries = patiently(lambda: _listing(store, name, store.ls), folder)
+    return sorted(entry["name"] for entry in entries if entry["type"] == "directory")
+
+
+def remove(path: Path) -> None:
+    """Remove a file, if there is one."""
+    if not is_remote(path):
+        path.unlink(missing_ok=True)
+        return
+    store, name = _located(path)
+    with suppress(FileNotFoundError):
+        patiently(lambda: store.rm_file(name), path)
+
+
+def remove_tree(folder: Path) -> None:
+    """Remove a folder with all that is in it, if there is one."""
+    if not is_remote(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    store, name = _located(folder)
+
+    def remove_all() -> None:
+        if left := _listing(store, name, store.find):
+            store.rm([f"{name}/{entry['name']}" for entry in left])
+        if left and _listing(store, name, store.find):
+            raise OSError(f"{len(left)} objects could not be removed")
+
+    patiently(remove_all, folder)
 
 
 def remove_temporary(folder: Path) -> None:
-    """Remove what an interrupted `write_atomic` left anywhere below `folder`."""
-    for path in folder.rglob(f".*{TEMPORARY}"):
-        path.unlink(missing_ok=True)
+    """Remove what an interrupted `write_atomic` left anywhere below `folder`; in a store it leaves nothing."""
+    if not is_remote(folder):
+        for path in folder.rglob(f".*{TEMPORARY}"):
+            path.unlink(missing_ok=True)
+
+
+def is_remote(path: Path) -> bool:
+    """Whether a path is a URL's."""
+    return hasattr(path, "fs")
 
 
 def sha256(data: bytes | memoryview) -> str:
@@ -48,6 +165,108 @@ def sha256(data: bytes | memoryview) -> str:
 
 
 def sha256_of(path: Path) -> str:
-    """Digest of a file, read in pieces. Raises OSError."""
+    """Digest of a file, a local one read in pieces. Raises OSError."""
+    if is_remote(path):
+        return sha256(read_bytes(path))
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def patiently(request: Callable[[], T], what: object, attempts: int = ATTEMPTS) -> T:
+    """The result of a request to a store, made again while it fails in a way that may pass.
+
+    Raises FileNotFoundError and FileExistsError as they come; DatasetError, which names `what`, for all else.
+    """
+    from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
+
+    retrying = Retrying(
+        retry=retry_if_exception(_is_transient),
+        stop=stop_after_attempt(attempts),
+        wait=wait_random_exponential(FIRST_PAUSE, LONGEST_PAUSE),
+        reraise=True,
+    )
+    try:
+        return retrying(request)
+    except (FileNotFoundError, FileExistsError, DatasetError):
+        raise
+    except Exception as error:  # every store has exceptions of its own
+        raise DatasetError(_advice(error, str(what))) from error
+
+
+def _link(temporary: Path, path: Path) -> None:
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        if path.read_bytes() != temporary.read_bytes():
+            raise
+
+
+def _put(path: Path, data: bytes, create: bool) -> None:
+    store, name = _located(path)
+    mode = "create" if create else "overwrite"
+    try:
+        # More than the data in one piece: the stores' libraries make one request of it then.
+        patiently(lambda: store.pipe_file(name, data, mode=mode, **_whole(store, data)), path)
+    except FileExistsError:
+        if read_bytes(path) != data:
+            raise
+    except FileNotFoundError:
+        raise DatasetError(
+            f"{path} cannot be written: there is no bucket {name.split('/')[0]}; make it first"
+        ) from None
+
+
+def _whole(store: Any, data: bytes) -> dict[str, int]:
+    return {"chunksize": len(data) + 1} if _kind(store) in CREDENTIALS else {}
+
+
+def _listing(store: Any, name: str, lister: Callable[..., Any]) -> list[dict[str, Any]]:
+    """What lies below `name`, by names relative to it. Nothing is cached: others write to the same store."""
+    store.invalidate_cache(name)
+    try:
+        entries = lister(name, detail=True)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    finally:
+        store.invalidate_cache(name)
+    prefix = name.rstrip("/") + "/"
+    return [
+        entry | {"name": entry["name"].rstrip("/").removeprefix(prefix)}
+        for entry in (entries.values() if isinstance(entries, dict) else entries)
+        if entry["name"].startswith(prefix) and entry["name"] != prefix
+    ]
+
+
+def _located(path: Any) -> tuple[Any, str]:
+    return path.fs, path.path
+
+
+def _kind(store: Any) -> str:
+    protocols = (store.protocol,) if isinstance(store.protocol, str) else store.protocol
+    return next((kind for kind in CREDENTIALS if kind in protocols), protocols[0])
+
+
+_LASTING: Final = (
+    DatasetError, FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError,
+    ImportError, TypeError, ValueError,
+)  # fmt: skip
+_REFUSED: Final = ("forbidden", "access denied", "accessdenied", "anonymous caller", "invalid credentials")
+
+
+def _is_transient(error: BaseException) -> bool:
+    return isinstance(error, Exception) and not isinstance(error, _LASTING) and not _is_refusal(error)
+
+
+def _is_refusal(error: BaseException) -> bool:
+    """Credentials that are missing or do not suffice. The libraries have no class for it in common."""
+    if isinstance(error, PermissionError) or "Credentials" in type(error).__name__:
+        return True
+    return getattr(error, "code", None) in (401, 403) or any(word in str(error).lower() for word in _REFUSED)
+
+
+def _advice(error: Exception, what: str) -> str:
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    if _is_refusal(error):
+        kind = {"gcs": "gs", "s3a": "s3"}.get(scheme := what.split("://")[0], scheme)
+        return f"{what}: the store refuses access ({reason}); {CREDENTIALS.get(kind, 'check the credentials')}"
+    return f"{what} cannot be reached: {reason}"

@@ -14,20 +14,17 @@ A part exists when its record does: the record is written after the file, and ho
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from schemas.files import sha256, write_atomic
+from schemas.files import DatasetError, folders, read_bytes, sha256, write_atomic
 from schemas.parts import SCHEMA_VERSION
 
 M = TypeVar("M", bound=BaseModel)
 _PACKAGES: Final = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
-
-
-class DatasetError(Exception):
-    """A dataset that is missing, damaged, or of another kind than asked for; the message says what to do."""
 
 
 def at(location: str | os.PathLike[str]) -> Path:
@@ -142,14 +139,20 @@ def record_path(dataset: Path, part: str) -> Path:
     return dataset / ".parts" / f"{part}.json"
 
 
-def save(path: Path, model: BaseModel) -> None:
-    write_atomic(path, (model.model_dump_json(indent=1) + "\n").encode())
+def save(path: Path, model: BaseModel, *, create: bool = False) -> None:
+    """Write a model as `write_atomic` does."""
+    write_atomic(path, (model.model_dump_json(indent=1) + "\n").encode(), create=create)
 
 
 def load(path: Path, model: type[M]) -> M:
     """Raises DatasetError for a file that is damaged; FileNotFoundError when there is none."""
+    return parse(path, read_bytes(path), model)
+
+
+def parse(path: Path, data: bytes, model: type[M]) -> M:
+    """What a file with these contents says. Raises DatasetError when it is damaged."""
     try:
-        return model.model_validate_json(path.read_bytes())
+        return model.model_validate_json(data)
     except ValidationError as error:
         first = error.errors()[0]
         raise DatasetError(f"{path} is damaged: {first['msg']} at {'.'.join(map(str, first['loc']))}") from None
@@ -159,14 +162,15 @@ def read_manifest(dataset: Path) -> Manifest:
     """Raises DatasetError when `dataset` is no dataset, or was written by another version of the schema."""
     path = dataset / "manifest.json"
     try:
-        version = json.loads(path.read_bytes()).get("schema_version")
+        data = read_bytes(path)
+        version = json.loads(data).get("schema_version")
     except FileNotFoundError:
         raise DatasetError(f"{dataset} is not a dataset: it has no manifest.json (lacy label writes one)") from None
     except (ValueError, AttributeError):
         raise DatasetError(f"{path} is damaged: it is not a JSON object") from None
     if version != SCHEMA_VERSION:
         raise DatasetError(f"{dataset} has schema version {version}; this lacy reads version {SCHEMA_VERSION}")
-    return load(path, Manifest)
+    return parse(path, data, Manifest)
 
 
 def read_complete(dataset: Path) -> Manifest:
@@ -179,5 +183,8 @@ def read_complete(dataset: Path) -> Manifest:
 
 def label_sets(dataset: Path) -> dict[str, LabelSet]:
     """The finished label sets of a dataset, by name."""
-    found = sorted((dataset / "labels").glob("*/policy.json"))
-    return {path.parent.name: load(path, LabelSet) for path in found}
+    found = {}
+    for name in folders(dataset / "labels"):
+        with suppress(FileNotFoundError):  # one that is being written
+            found[name] = load(dataset / "labels" / name / "policy.json", LabelSet)
+    return found
