@@ -1,16 +1,25 @@
 """The graph that measures: corpus ranges in, signal parts on disk out.
 
     ranges ----------------------------+
-    streams -> cut into ranges (spool) +-> reshuffle -> read, tokenise -> grammar -> LLMs -> write part
+    streams -> cut into ranges (spool) +-> reshuffle -> read, tokenise -> grammar [-> reshuffle] -> LLMs -> write part
 
-What crosses the shuffle is a description of a range, not its data. Behind it all steps are fused on a local runner,
-so a part is on disk before the next one is read, and an interrupted run loses no more than the parts in hand.
+What crosses the first shuffle is a description of a range, not its data. Behind it all steps are fused on a local
+runner, so a part is on disk before the next one is read, and an interrupted run loses no more than the parts in hand.
+
+Where the LLMs have machines of their own (`AnnotatePlan.hints`) the parts cross a second shuffle, from the machines
+that tag to those that score; otherwise the runner would fuse the two, and tag on GPU machines. Writing goes with the
+scoring, by the same hints: a runner fuses steps of one environment, and a part that crossed a third time to be written
+on a cheap machine would cost more than the write does, which takes a core a fraction of a second while the engine,
+a process of its own, scores the next part.
 """
 
+import pickle
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import apache_beam as beam
 import pyarrow as pa
@@ -26,6 +35,8 @@ from pipeline.readers import Bad, read
 from pipeline.sources import Range, Stream
 from pipeline.write import write_part
 from schemas.manifest import PartRecord
+
+PACKED = 1000  # descriptions in one element
 
 
 @dataclass(frozen=True)
@@ -43,40 +54,65 @@ class AnnotatePlan:
     alignment: str
     models: dict[str, ModelSpec]  # by role: reference, student, judge
     keep_text: bool
+    hints: dict[str, str] = field(default_factory=dict)  # Beam's resource hints: what a machine that scores must have
 
 
 def build(pipeline: beam.Pipeline, plan: AnnotatePlan, heartbeat: Heartbeat) -> None:
     """Add the graph to a pipeline."""
     cut = (
-        pipeline
-        | "streams" >> beam.Create(plan.streams)
+        _listed(pipeline, "streams", plan.streams, Stream)
         | "spread streams" >> beam.Reshuffle()
         | "cut streams" >> beam.ParDo(_Cut(plan.dataset, plan.part_bytes, plan.committed, heartbeat))
     )
     parts = (
-        (pipeline | "ranges" >> beam.Create(plan.ranges), cut)
+        (_listed(pipeline, "ranges", plan.ranges, Range), cut)
         | beam.Flatten()
         | "spread parts" >> beam.Reshuffle()
         | "read" >> beam.ParDo(_Read(plan.tokenizer, heartbeat))
-        | "grammar" >> RunInference(GrammarHandler(plan.spacy, plan.rule, plan.alignment))
+        | "grammar" >> RunInference(GrammarHandler(plan.spacy, plan.rule, plan.alignment)).with_output_types(Part)
     )
+    if plan.hints:
+        parts |= "to the scorers" >> beam.Reshuffle()
+    for name, step in _scoring(plan, heartbeat).items():
+        parts |= name >> step.with_output_types(Part).with_resource_hints(**plan.hints)
+    write = beam.ParDo(_Write(plan.dataset, plan.keep_text, heartbeat)).with_resource_hints(**plan.hints)
+    _ = parts | "write" >> write
+
+
+def _scoring(plan: AnnotatePlan, heartbeat: Heartbeat) -> dict[str, beam.PTransform]:
+    steps: dict[str, beam.PTransform] = {}
     if reference := plan.models.get("reference"):
-        parts |= "reference" >> RunInference(ScoreHandler(reference, "ref_nll", "ref_correct", heartbeat))
+        steps["reference"] = RunInference(ScoreHandler(reference, "ref_nll", "ref_correct", heartbeat))
     else:
-        parts |= "no reference" >> beam.Map(_without_scores)
+        steps["no reference"] = beam.Map(_without_scores)
     if student := plan.models.get("student"):
-        parts |= "student" >> RunInference(ScoreHandler(student, "student_nll", None, heartbeat))
+        steps["student"] = RunInference(ScoreHandler(student, "student_nll", None, heartbeat))
     if judge := plan.models.get("judge"):
-        parts |= "judge" >> RunInference(JudgeHandler(judge, heartbeat))
-    parts | "write" >> beam.ParDo(_Write(plan.dataset, plan.keep_text, heartbeat))
+        steps["judge"] = RunInference(JudgeHandler(judge, heartbeat))
+    return steps
+
+
+def _listed(pipeline: beam.Pipeline, name: str, items: Sequence[Any], kind: type) -> beam.PCollection:
+    """Descriptions as a collection: packed, since they are part of the job's request, which services limit to 10 MB."""
+    packed = [_pack(items[at : at + PACKED]) for at in range(0, len(items), PACKED)]
+    return pipeline | name >> beam.Create(packed) | f"unpack {name}" >> beam.FlatMap(_unpack).with_output_types(kind)
+
+
+def _pack(items: Sequence[Any]) -> bytes:
+    return zlib.compress(pickle.dumps(items))
+
+
+def _unpack(packed: bytes) -> list[Any]:
+    return pickle.loads(zlib.decompress(packed))
 
 
 class _Cut(beam.DoFn):
     def __init__(self, dataset: Path, part_bytes: int, committed: frozenset[str], heartbeat: Heartbeat):
-        self._dataset, self._part_bytes, self._committed = dataset, part_bytes, set(committed)
-        self._heartbeat = heartbeat
+        self._dataset, self._part_bytes, self._heartbeat = dataset, part_bytes, heartbeat
+        self._packed = _pack(sorted(committed))
 
     def setup(self) -> None:
+        self._committed = set(_unpack(self._packed))
         self._heartbeat.start()
 
     def process(self, stream: Stream) -> Iterator[Range]:
