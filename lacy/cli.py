@@ -185,13 +185,18 @@ def decide(
         run_decide(dataset, policy, budget, action, name, seed, workers)
 
 
-@app.command()
-def check(dataset: Dataset) -> None:
+@app.command(epilog="Example:  lacy check labelled   lacy check s3://bucket/labelled --quick")
+def check(
+    dataset: Readable,
+    quick: Annotated[bool, typer.Option("--quick", help="Names, sizes and totals alone: read no part.")] = False,
+    workers: Workers = None,
+) -> None:
     """Compare every part with the manifest: checksums, columns, counts, invariants."""
     with known_errors():
+        quiet(1)
         from lacy.commands import run_check
 
-        faults = run_check(dataset)
+        faults = run_check(dataset, quick, workers or os.cpu_count() or 1)
     if faults:
         raise typer.Exit(FAILED)
 

@@ -57,18 +57,20 @@ def run_decide(
     _tell_decided(console_for_messages(), labels)
 
 
-def run_check(dataset: Path) -> int:
+def run_check(dataset: str, quick: bool, workers: int) -> int:
     from pipeline.check import check
-    from schemas.manifest import label_sets, read_complete
+    from schemas.manifest import at, label_sets, read_complete
 
-    manifest, sets = read_complete(dataset), label_sets(dataset)
+    place = at(dataset)
+    manifest, sets = read_complete(place), label_sets(place)
     faults = 0
-    for fault in check(dataset):
-        faults += 1
-        print(fault)
+    with _Steps(console_for_messages(), "check", len(manifest.parts), "parts") as steps:
+        for fault in check(place, manifest, sets, quick=quick, workers=workers, on_progress=steps.update):
+            faults += 1
+            print(fault, flush=True)
     parts = f"{len(manifest.parts):,} parts, {manifest.documents:,} documents, {manifest.tokens:,} tokens"
-    names = ", ".join(sets) or "none"
-    print(f"{dataset}: {parts}, labels: {names}: {'sound' if not faults else f'{faults} faults'}")
+    sound = "sound by names, sizes and totals" if quick else "sound"
+    print(f"{dataset}: {parts}, labels: {', '.join(sets) or 'none'}: {f'{faults} faults' if faults else sound}")
     return faults
 
 
@@ -304,6 +306,32 @@ class _LabelProgress:
             return 0.0
         per_token = counts.bytes / counts.tokens if counts.tokens else 4.0
         return min(1.0, (counts.bytes + counts.scored * per_token) / total_bytes)
+
+
+class _Steps:
+    """How many of a known number are done: a bar on a terminal, a line every few seconds elsewhere."""
+
+    def __init__(self, console: Console, name: str, total: int, what: str):
+        columns = (TextColumn(name), BarColumn(24), _Field(), TimeElapsedColumn())
+        self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._task = self._bar.add_task(name, total=total, text="")
+        self._name, self._total, self._what, self._live = name, total, what, console.is_terminal
+        self._told = time.monotonic()
+
+    def __enter__(self) -> "_Steps":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def update(self, done: int) -> None:
+        text = f"{done:,}/{self._total:,} {self._what}"
+        if self._live:
+            self._bar.update(self._task, completed=done, text=text)
+        elif time.monotonic() - self._told > PLAIN_INTERVAL:
+            self._told = time.monotonic()
+            print(f"{self._name}: {text}", file=sys.stderr, flush=True)
 
 
 class _TrainProgress:

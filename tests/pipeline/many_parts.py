@@ -1,0 +1,88 @@
+"""A dataset of very many tiny parts, written in the time that the files take: each is a copy with ids of its own."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from schemas.files import sha256
+from schemas.manifest import (
+    CorpusFile,
+    LabelSet,
+    Manifest,
+    deadletter_path,
+    labels_path,
+    load,
+    record_path,
+    save,
+    signals_path,
+)
+from schemas.parts import to_parquet
+
+PART_BYTES = 1024
+BAD_EVERY = 50  # parts, of which the last has a dead letter
+PLACE = "part-number"  # stands in a copy where its number belongs
+
+
+def multiply(base: Path, count: int, *, running: bool = False) -> Path:
+    """Turn `base`, that `lacy label FILE --part-bytes PART_BYTES` wrote, into a dataset of `count` parts.
+
+    The corpus file grows with it, so that the same command knows the dataset as its own. running: as an interrupted
+    run leaves it, with all parts measured.
+    """
+    manifest, labels = load(base / "manifest.json", Manifest), load(base / "labels/lacy/policy.json", LabelSet)
+    first, entry = manifest.parts[0], labels.parts[0]
+    corpus = Path(manifest.corpus[0].path)
+    with corpus.open("r+b") as file:
+        file.truncate(count * PART_BYTES)  # a hole, which nobody reads
+    signals = _template(signals_path(base, first.name))
+    decided = _template(labels_path(base, "lacy", first.name))
+    for folder in ("signals", "labels/lacy"):
+        for path in (base / folder).glob("*.parquet"):
+            path.unlink()
+    for folder in ("deadletter", ".parts"):
+        (base / folder).mkdir(exist_ok=True)
+    records, entries = [], []
+    for number in range(count):
+        name = f"part-00000-{number * PART_BYTES:015d}"
+        one, other = _copy(signals, number), _copy(decided, number)
+        signals_path(base, name).write_bytes(one)
+        letters = b""
+        if number % BAD_EVERY == BAD_EVERY - 1:
+            letters = json.dumps({"source": str(corpus), "position": number, "reason": "none", "doc_id": ""}).encode()
+            deadletter_path(base, name).write_bytes(letters)
+        update = {"name": name, "bytes": len(one), "sha256": sha256(one), "bad": int(bool(letters))}
+        record = first.model_copy(update=update | {"deadletter_sha256": sha256(letters) if letters else ""})
+        records.append(record)
+        if running:
+            record_path(base, name).write_text(record.model_dump_json(indent=1))
+        else:
+            labels_path(base, "lacy", name).write_bytes(other)
+            update = {"name": name, "bytes": len(other), "sha256": sha256(other)}
+            entries.append(entry.model_copy(update=update))
+    totals: dict[str, Any] = {"corpus": [CorpusFile(path=str(corpus), bytes=count * PART_BYTES)], "state": "running"}
+    if not running:
+        totals |= {"state": "complete", "parts": records, "bad": sum(record.bad for record in records)}
+        totals |= {"documents": count * first.rows, "tokens": count * first.tokens, "factual": count * first.factual}
+        chosen, tokens = count * (entry.delegated + entry.ignored), count * first.tokens
+        sums = {"candidates": count * entry.candidates, "tokens": tokens, "chosen": chosen, "share": chosen / tokens}
+        save(base / "labels/lacy/policy.json", labels.model_copy(update=sums | {"parts": entries}))
+    save(base / "manifest.json", manifest.model_copy(update=totals))
+    return base
+
+
+def _template(path: Path) -> bytes:
+    table = pq.ParquetFile(path).read()
+    ids = pa.array([f"{PLACE}-{row}" for row in range(table.num_rows)])
+    data = to_parquet(table.set_column(0, table.schema.field("doc_id"), ids)).to_pybytes()
+    made = pq.ParquetFile(pa.BufferReader(_copy(data, 7))).read()["doc_id"].to_pylist()
+    assert made == [f"{7:0{len(PLACE)}d}-{row}" for row in range(table.num_rows)], (
+        "the ids are not stored as they stand"
+    )
+    return data
+
+
+def _copy(template: bytes, number: int) -> bytes:
+    return template.replace(PLACE.encode(), b"%0*d" % (len(PLACE), number))
