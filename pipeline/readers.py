@@ -4,6 +4,7 @@ Text is passed on as it stands: nothing is stripped, normalised or re-encoded. J
 field names (`id`, `text`); a record without an id gets its place in the corpus as one.
 """
 
+import io
 import json
 from bz2 import BZ2File
 from collections.abc import Iterator
@@ -12,13 +13,15 @@ from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from apache_beam.io.filesystem import CompressionTypes
-from apache_beam.io.filesystems import FileSystems
 
 from pipeline import wikitext
+from pipeline.remote import RemoteFile
 from pipeline.sources import Range
+from schemas.manifest import DatasetError
 
 CHUNK = 1 << 20
+TAIL = 1 << 16  # of a store, what is fetched beyond a range, where its last record ends
+STREAM = 8 << 20  # of a store, what is fetched at a time of a file that is read from its beginning
 MAX_RECORD_BYTES = 64 << 20
 TOO_LONG = f"longer than {MAX_RECORD_BYTES >> 20} MiB"
 
@@ -43,7 +46,10 @@ class Documents:
 
 
 def read(part: Range) -> Documents:
-    """The documents that begin in a range. A file that cannot be read ends as one bad record, at its first part."""
+    """The documents that begin in a range. A file that cannot be read ends as one bad record, at its first part.
+
+    Raises DatasetError when a store cannot be reached.
+    """
     documents = Documents()
     try:
         found = _READERS[part.format](part) if part.end > part.start or not part.error else iter(())
@@ -51,6 +57,8 @@ def read(part: Range) -> Documents:
             if len(documents.ids) == part.limit:
                 return documents
             _add(documents, part.source, position, doc_id, value)
+    except DatasetError:  # a store that cannot be reached says nothing about the file
+        raise
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
         whole = isinstance(error, _FileError)
@@ -109,8 +117,19 @@ def _json_type(value: Any) -> str:
 
 
 def open_file(path: str) -> BinaryIO:
-    """A corpus file as it lies there, compressed or not. Raises OSError."""
-    return FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED)
+    """A corpus file as it lies there, compressed or not, to read from its beginning. Raises OSError."""
+    if "://" not in path:
+        return open(path, "rb")
+    return io.BufferedReader(RemoteFile(path, ahead=STREAM), CHUNK)
+
+
+def _open_range(part: Range) -> BinaryIO:
+    """The same, to read a range of it: with one request to a store, where its last record is not long."""
+    if "://" not in part.path:
+        return open(part.path, "rb")
+    start = max(0, part.start - 1)
+    end = part.end + TAIL if part.end > start else 0
+    return io.BufferedReader(RemoteFile(part.path, start, end, CHUNK), CHUNK)
 
 
 def records(chunks: Iterator[bytes], start_mark: bytes, end_mark: bytes) -> Iterator[tuple[int, bytes | None]]:
@@ -159,7 +178,7 @@ def _records_in(part: Range) -> Iterator[tuple[int, bytes | None]]:
     """Records whose first byte lies in the range; the last is read to its end, beyond the range if need be."""
     start_mark, end_mark = MARKS[part.format]
     try:
-        file = open_file(part.path)
+        file = _open_range(part)
     except OSError as error:
         raise _FileError(error.strerror or str(error)) from error
     with file:
@@ -217,7 +236,7 @@ def _read_xml(part: Range) -> Iterator[_Record]:
 
 def _read_txt(part: Range) -> Iterator[_Record]:
     try:
-        with open_file(part.path) as file:
+        with _open_range(part) as file:
             data = file.read(MAX_RECORD_BYTES + 1)
     except OSError as error:
         raise _FileError(error.strerror or str(error)) from error
@@ -233,7 +252,7 @@ def _read_txt(part: Range) -> Iterator[_Record]:
 def _read_parquet(part: Range) -> Iterator[_Record]:
     """Rows whose share of their row group's bytes begins in the range. `position` is the row's number in the file."""
     try:
-        file = pq.ParquetFile(open_file(part.path))
+        file = pq.ParquetFile(RemoteFile(part.path) if "://" in part.path else part.path)
         names = set(file.schema_arrow.names)
     except (OSError, pa.ArrowException) as error:
         raise _FileError(str(error).splitlines()[0]) from error

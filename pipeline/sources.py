@@ -5,14 +5,14 @@ Parquet, the rows whose share of their row group's bytes begins in it; a text fi
 A compressed stream cannot be entered in the middle: `pipeline.spool` copies it, once, into uncompressed ranges.
 """
 
+import glob
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from apache_beam.io.filesystems import FileSystems
-
-from schemas.manifest import CorpusFile
+from pipeline import remote
+from schemas.manifest import CorpusFile, DatasetError
 
 FORMATS = {".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".txt": "txt", ".xml": "xml"}
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bzip2"}
@@ -68,7 +68,7 @@ def kind_of(path: str) -> tuple[str, str] | None:
 
 
 def find_files(corpus: Iterable[str]) -> list[CorpusFile]:
-    """The files behind paths, folders, globs and URLs of any filesystem that Beam reads, sorted, each once.
+    """The files behind paths, folders, globs and URLs of any store that fsspec knows, sorted, each once.
 
     Raises CorpusError when an argument matches nothing, or names a file of an unknown kind.
     """
@@ -111,7 +111,12 @@ def plan(files: list[CorpusFile], part_bytes: int) -> list[Range | Stream]:
 
 def _match(argument: str) -> Iterator[tuple[str, int]]:
     path = Path(argument)
-    if path.is_dir():
+    if "://" in argument:
+        try:
+            yield from remote.match(argument)
+        except DatasetError as error:
+            raise CorpusError(str(error)) from None
+    elif path.is_dir():
         for child in sorted(path.rglob("*")):
             hidden = any(piece.startswith(".") for piece in child.relative_to(path).parts)
             if child.is_file() and not hidden:
@@ -119,10 +124,6 @@ def _match(argument: str) -> Iterator[tuple[str, int]]:
     elif path.is_file():
         yield str(path), path.stat().st_size
     else:
-        pattern = argument + "**" if argument.endswith("/") else argument
-        try:
-            for result in FileSystems.match([pattern])[0].metadata_list:
-                yield result.path, result.size_in_bytes
-        except Exception as error:
-            reason = str(error).strip().splitlines()[0]
-            raise CorpusError(f"cannot list {argument}: {reason}") from None
+        for name in sorted(glob.glob(argument, recursive=True)):
+            if os.path.isfile(name):
+                yield name, os.path.getsize(name)

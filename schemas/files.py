@@ -26,6 +26,8 @@ CREDENTIALS: Final = {
     "gs": "run gcloud auth application-default login, or set GOOGLE_APPLICATION_CREDENTIALS",
 }
 
+_PACKAGES: Final = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
+
 T = TypeVar("T")
 
 
@@ -158,6 +160,23 @@ def remove_temporary(folder: Path) -> None:
 def is_remote(path: Path) -> bool:
     """Whether a path is a URL's."""
     return hasattr(path, "fs")
+
+
+def store_of(url: str) -> tuple[Any, str]:
+    """The store behind a URL, and the name that the store has for what the URL means.
+
+    Raises DatasetError for a URL of an unknown kind, or one that needs a package that is not installed.
+    """
+    import fsspec
+
+    scheme = url.split("://")[0]
+    try:
+        store = fsspec.filesystem(scheme)
+    except ImportError:
+        raise DatasetError(f"{url} needs a package: pip install {_PACKAGES.get(scheme, scheme)}") from None
+    except ValueError:
+        raise DatasetError(f"{url}: there is no such kind of URL; use s3://, gs:// or a folder") from None
+    return store, store._strip_protocol(url)
 
 
 def sha256(data: bytes | memoryview) -> str:

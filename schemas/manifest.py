@@ -16,15 +16,14 @@ import json
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final, Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from schemas.files import DatasetError, folders, read_bytes, sha256, write_atomic
+from schemas.files import DatasetError, folders, read_bytes, sha256, store_of, write_atomic
 from schemas.parts import SCHEMA_VERSION
 
 M = TypeVar("M", bound=BaseModel)
-_PACKAGES: Final = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
 
 
 def at(location: str | os.PathLike[str]) -> Path:
@@ -35,17 +34,10 @@ def at(location: str | os.PathLike[str]) -> Path:
     """
     if not isinstance(location, str) or "://" not in location:
         return cast(Path, location) if hasattr(location, "read_bytes") else Path(location)
-    import fsspec
     from upath import UPath
 
-    try:
-        found = UPath(location)
-        fsspec.get_filesystem_class(found.protocol)
-    except ImportError:
-        scheme = location.split("://")[0]
-        raise DatasetError(f"{location} needs a package: pip install {_PACKAGES.get(scheme, scheme)}") from None
-    except ValueError:
-        raise DatasetError(f"{location}: there is no such kind of URL; use s3://, gs:// or a folder") from None
+    store_of(location)
+    found = UPath(location)
     return Path(found.path) if found.protocol in ("file", "local") else cast(Path, found)
 
 
