@@ -1,0 +1,209 @@
+"""`--on dataflow|flink|portable`: Beam's options for machines that are not this one.
+
+A preset only fills in what Beam's own options can say, and prints it; an option behind -- comes later, so it wins.
+Nothing of it decides a byte of a dataset, so nothing of it is in the manifest.
+
+Processes and threads. A process that tags holds a core for itself and cannot share it (the GIL), and one that scores
+mostly waits for an engine, which all processes of a machine share (`labelers.engines`). So both kinds of machine get
+Dataflow's default, one process for each core, and one thread in each: cores are full where they tag, and where they
+score there are always parts ready for the engines. Beam's image lets Dataflow start them all in one container, whose
+temporary folder is where they find the engines of their machine; one process for each machine
+(`no_use_multiple_sdk_containers`) would prepare and write the parts of all its GPUs on one core.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from pipeline.options import LabelOptions
+
+TAGGER = "n2-standard-8"  # one process with spaCy for each core takes up to 2 GB; this has 4 for each
+TAGGER_CORES = 8
+DISK_GB = 100  # an image with CUDA and vLLM takes 20 GB, and the model comes beside it
+
+
+@dataclass(frozen=True)
+class Machine:
+    name: str
+    cores: int
+    ram_gb: int
+
+
+@dataclass(frozen=True)
+class Gpu:
+    accelerator: str  # Dataflow's name for it
+    machines: dict[int, Machine]  # by the number of GPUs
+
+
+GPUS = {
+    "l4": Gpu(
+        "nvidia-l4",
+        {
+            1: Machine("g2-standard-8", 8, 32),
+            2: Machine("g2-standard-24", 24, 96),
+            4: Machine("g2-standard-48", 48, 192),
+            8: Machine("g2-standard-96", 96, 384),
+        },
+    ),
+    "a100": Gpu(
+        "nvidia-tesla-a100",
+        {
+            1: Machine("a2-highgpu-1g", 12, 85),
+            2: Machine("a2-highgpu-2g", 24, 170),
+            4: Machine("a2-highgpu-4g", 48, 340),
+            8: Machine("a2-highgpu-8g", 96, 680),
+        },
+    ),
+    "h100": Gpu(
+        "nvidia-h100-80gb",
+        {
+            1: Machine("a3-highgpu-1g", 26, 234),
+            2: Machine("a3-highgpu-2g", 52, 468),
+            4: Machine("a3-highgpu-4g", 104, 936),
+            8: Machine("a3-highgpu-8g", 208, 1872),
+        },
+    ),
+}
+OWN = {  # the runners that an option is for; the others are for all
+    "project": ("dataflow",),
+    "region": ("dataflow",),
+    "temp_location": ("dataflow",),
+    "max_workers": ("dataflow",),
+    "flink_master": ("flink",),
+    "job_endpoint": ("portable",),
+    "worker_pool": ("flink", "portable"),
+}
+
+
+class Cluster(BaseModel):
+    """The machines that a run goes to."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    on: Literal["dataflow", "flink", "portable"]
+    image: str | None = None  # of docker/label.Dockerfile
+    gpu: Literal["l4", "a100", "h100"] | None = None  # of the machines that score
+    gpus: int = Field(default=1, ge=1)  # of each machine that scores
+    max_workers: int | None = Field(default=None, ge=1)
+    project: str | None = None
+    region: str | None = None
+    temp_location: str | None = None
+    flink_master: str | None = None
+    job_endpoint: str | None = None
+    worker_pool: str | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> "Cluster":
+        for name, runners in OWN.items():
+            if self.on not in runners and getattr(self, name) is not None:
+                raise ValueError(f"{_flag(name)} is for --on {' or '.join(runners)}, not --on {self.on}")
+        needed = {
+            "dataflow": {"project": "PROJECT", "region": "REGION, as us-central1", "image": "IMAGE (docs/docker.md)"},
+            "flink": {"flink_master": "HOST:PORT"},
+            "portable": {"job_endpoint": "HOST:PORT"},
+        }
+        for name, what in needed[self.on].items():
+            if getattr(self, name) is None:
+                raise ValueError(f"--on {self.on} needs {_flag(name)} {what}")
+        if self.image and self.worker_pool:
+            raise ValueError("--worker-pool has an image already: leave out --image")
+        if self.gpu is None and self.gpus > 1:
+            raise ValueError("--gpus needs --gpu l4, a100 or h100")
+        if self.gpu and self.gpus not in GPUS[self.gpu].machines:
+            counts = ", ".join(map(str, GPUS[self.gpu].machines))
+            raise ValueError(f"no machine has {self.gpus} {self.gpu.upper()} GPUs: take --gpus {counts}")
+        return self
+
+    @property
+    def accelerators(self) -> int:
+        """GPUs of each machine that scores."""
+        return self.gpus if self.gpu else 0
+
+    @property
+    def processes(self) -> int | None:
+        """That tag, at most, on all machines; None where nothing is known of them."""
+        return self.max_workers * TAGGER_CORES if self.max_workers else None
+
+    def hints(self) -> dict[str, str]:
+        """Beam's resource hints for the steps that score: where a runner gives them machines of their own."""
+        if self.on != "dataflow" or self.gpu is None:
+            return {}
+        gpu = GPUS[self.gpu]
+        machine = gpu.machines[self.gpus]
+        kind = f"type:{gpu.accelerator};count:{self.gpus};machine_type:{machine.name};install-nvidia-driver"
+        return {"accelerator": kind, "min_ram": f"{machine.ram_gb}GB"}
+
+
+def beam_options(cluster: Cluster, job: str, out: str) -> list[str]:
+    """What the preset fills in for a job ("label", "decide") on a dataset."""
+    return {"dataflow": _dataflow, "flink": _flink, "portable": _portable}[cluster.on](cluster, job, out)
+
+
+def _dataflow(cluster: Cluster, job: str, out: str) -> list[str]:
+    place = re.sub(r"[^a-z0-9]+", "-", out.partition("://")[2].lower()).strip("-")
+    options = [
+        "--runner=DataflowRunner",
+        f"--project={cluster.project}",
+        f"--region={cluster.region}",
+        f"--job_name=lacy-{job}-{place[-40:].strip('-')}",  # Dataflow refuses a second job of the name at one time
+        f"--temp_location={cluster.temp_location or f'gs://{urlsplit(out).netloc}/lacy-temp'}",
+        f"--sdk_container_image={cluster.image}",
+        "--sdk_location=container",
+        "--number_of_worker_harness_threads=1",
+        f"--machine_type={TAGGER}",
+        f"--disk_size_gb={DISK_GB}",
+    ]
+    return options + ([f"--max_num_workers={cluster.max_workers}"] if cluster.max_workers else [])
+
+
+def _flink(cluster: Cluster, job: str, out: str) -> list[str]:
+    """`sdk_worker_parallelism=0`: a process for each core of a task manager."""
+    options = ["--runner=FlinkRunner", f"--flink_master={cluster.flink_master}", "--sdk_worker_parallelism=0"]
+    return options + _environment(cluster)
+
+
+def _portable(cluster: Cluster, job: str, out: str) -> list[str]:
+    return ["--runner=PortableRunner", f"--job_endpoint={cluster.job_endpoint}", *_environment(cluster)]
+
+
+def _environment(cluster: Cluster) -> list[str]:
+    """Where the steps run: in a worker pool that stands already, or in containers that the runner starts."""
+    if cluster.worker_pool:
+        return ["--environment_type=EXTERNAL", f"--environment_config={cluster.worker_pool}"]
+    return ["--environment_type=DOCKER", f"--environment_config={cluster.image}"] if cluster.image else []
+
+
+def require(cluster: Cluster, options: LabelOptions) -> None:
+    """Refuse what its machines could not do or reach. Raises ValueError."""
+    models = [model for model in (options.reference, options.student, options.judge) if model]
+    if cluster.gpu and options.scorer == "server":
+        raise ValueError("--gpu is for models on the cluster's own machines: leave it out, or --scorer server")
+    if cluster.gpu and not models:
+        raise ValueError("--gpu is for a model, and there is none: leave it out, or name a --reference")
+    if cluster.gpu and options.device == "cpu":
+        raise ValueError("--gpu and --device cpu: leave out one of them")
+    if options.estimate:
+        raise ValueError("--estimate labels its sample on this machine: leave out --on, and see lacy plan")
+    if cluster.on == "dataflow":
+        require_store(cluster, str(options.out))
+        for place in options.corpus:
+            if not _is_url(place):
+                raise ValueError(f"{place} is a path of this machine, which Dataflow's cannot reach: copy it to gs://")
+
+
+def require_store(cluster: Cluster, out: str) -> None:
+    if cluster.on == "dataflow" and not _is_url(out):
+        raise ValueError(f"{out} is a path of this machine, which Dataflow's cannot reach: name a gs:// URL")
+    if cluster.on == "dataflow" and not out.startswith("gs://") and not cluster.temp_location:
+        raise ValueError("--on dataflow needs --temp-location gs://..., as the dataset is not on gs://")
+
+
+def _is_url(place: str) -> bool:
+    return "://" in place
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
