@@ -37,8 +37,8 @@ def known_errors() -> Iterator[None]:
         yield
     except (typer.Exit, typer.Abort):
         raise
-    except KeyboardInterrupt:
-        _end("stopped; run the same command to go on", INTERRUPTED)
+    except KeyboardInterrupt as stopped:
+        _end(str(stopped) or "stopped; run the same command to go on", INTERRUPTED)
     except Exception as error:
         if debug:
             raise

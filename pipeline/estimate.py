@@ -89,7 +89,7 @@ def estimate(
         pieces = list(_sample(files, sizes, piece, dataset, seed))
         options = options.model_copy(update={"out": dataset, "part_bytes": piece})
         manifest = begin(options, files, tokenizer, specs)
-        costs = measure(options, list(pieces), dataset, specs, on_start=on_start, on_progress=on_progress, debug=debug)
+        costs = measure(options, list(pieces), dataset, specs, None, on_start, on_progress, debug) or []
         finish(dataset, manifest, max_bad=1.0)
         decide(dataset, policy, budget=budget)
         signals, labels = (_bytes_per_token(dataset / kind) for kind in ("signals", f"labels/{policy}"))

@@ -41,17 +41,11 @@ def run(
     on_progress: Callable[[Counts], None] | None = None,
     debug: bool = False,
 ) -> list[PartCost]:
-    """Run the graph that `build` adds to a pipeline, on the runner that the Beam options name, else locally.
-
-    Returns what each finished part took; on other runners nothing is known of it.
+    """Run the graph that `build` adds to a pipeline, and return what each finished part took.
 
     Raises RunError when a step fails or a worker is killed, KeyboardInterrupt on Ctrl-C; no worker outlives either.
     debug: let workers and Beam's threads write to stderr.
     """
-    if any(option.startswith("--runner") for option in beam_options or []):
-        with beam.Pipeline(options=PipelineOptions(beam_options, save_main_session=False)) as pipeline:
-            build(pipeline, Heartbeat(None, secrets.token_hex(8)))
-        return []
     with tempfile.TemporaryDirectory(prefix="lacy-") as folder:
         heartbeat = Heartbeat(folder, secrets.token_hex(8), os.getpid())
         options = PipelineOptions(beam_options or [], direct_num_workers=workers, save_main_session=False)

@@ -1,0 +1,166 @@
+"""Run a graph on another runner: Dataflow, Flink, a job server of Beam's, any that Beam options name.
+
+The runner owns the workers; the launcher sees the dataset, where each finished part leaves a record. That is progress
+on any runner, and a sign of life: Beam's own job server does not notice that a worker of a pool has died, and would
+wait for it for ever.
+"""
+
+import contextlib
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import apache_beam as beam
+import grpc
+from apache_beam.options.pipeline_options import PipelineOptions, PortableOptions, StandardOptions
+from apache_beam.runners.runner import PipelineState
+
+from pipeline import spool
+from pipeline.heartbeat import Counts, Heartbeat
+from pipeline.local import RunError, reason
+from schemas.files import DatasetError, read_many, sizes
+from schemas.manifest import PartRecord, record_path
+
+HERE = (None, "FnApiRunner", "DirectRunner")  # Beam's DirectRunner would fetch a binary, and ignore the worker count
+PATIENCE = 3600.0
+POLL = 1.0
+CANCEL_SECONDS = 60.0
+KEPT = "finished parts are kept: run the same command again to go on"
+
+
+def elsewhere(beam_options: list[str] | None) -> bool:
+    """Whether Beam options name a runner that is not of this machine."""
+    return PipelineOptions(beam_options or []).view_as(StandardOptions).runner not in HERE
+
+
+def run(
+    build: Callable[[beam.Pipeline, Heartbeat], None],
+    *,
+    beam_options: list[str],
+    count: Callable[[], Counts],
+    on_submit: Callable[[str], None] | None = None,
+    on_progress: Callable[[Counts], None] | None = None,
+    wait: bool = True,
+    patience: float = PATIENCE,
+) -> None:
+    """Submit the graph that `build` adds to a pipeline, and wait until the job has ended.
+
+    count: what is finished, by the dataset (`Ledger.count`)
+    on_submit: told the job's id
+    wait: False ends when the job is submitted
+    patience: seconds in which nothing may become finished until the job is given up and cancelled
+
+    Raises RunError when the job cannot be submitted, fails, or stands still; KeyboardInterrupt, with what became of
+    the job, on Ctrl-C.
+    """
+    options = PipelineOptions(beam_options, save_main_session=False)
+    pipeline = beam.Pipeline(options=options)
+    build(pipeline, Heartbeat(None, secrets.token_hex(8)))
+    try:
+        result: Any = pipeline.run()  # in this thread: some runners of Beam set signal handlers
+    except grpc.FutureTimeoutError:
+        raise RunError(f"no job server answers at {options.view_as(PortableOptions).job_endpoint}") from None
+    except Exception as error:
+        raise RunError(f"the job could not be submitted: {_reason(error)}") from error
+    if on_submit:
+        on_submit(_job_id(result))
+    if not wait:
+        return
+    failure: list[str] = []
+
+    def work() -> None:
+        try:
+            state = result.wait_until_finish()
+            if state != PipelineState.DONE:
+                failure.append(f"the job ended as {state}; {KEPT}")
+        except BaseException as error:
+            failure.append(_reason(error))
+
+    thread = threading.Thread(target=work, daemon=True, name="job")
+    thread.start()
+    try:
+        _watch(thread, count, on_progress, patience)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"stopped; {_cancel(result)}; {KEPT}") from None
+    except RunError as error:
+        raise RunError(f"{error}; {_cancel(result)}; {KEPT}") from None
+    if failure:
+        raise RunError(failure[0])
+
+
+class Ledger:
+    """What the records in a dataset's .parts tell; each is read once."""
+
+    def __init__(self, dataset: Path, before: set[str], bytes_of: dict[str, int]):
+        """`before` were finished by an earlier run; `bytes_of` the corpus a part has, where that is known."""
+        self._dataset, self._before, self._bytes = dataset, before, bytes_of
+        self._seen, self._cut = set(before), set[str]()
+        self._counts = Counts()
+
+    def count(self) -> Counts:
+        """Of the parts that were finished since the ledger was made, and of those that were cut from streams."""
+        names = {name.removesuffix(".json") for name in sizes(self._dataset / ".parts", "part-*.json")}
+        counts = self._counts
+        new = sorted(names - self._seen)
+        for data in read_many([record_path(self._dataset, name) for name in new]):
+            record = PartRecord.model_validate_json(data)
+            counts.documents += record.rows
+            counts.tokens += record.tokens
+            counts.bad += record.bad
+            counts.parts += 1
+            counts.bytes += self._bytes.get(record.name, 0)
+        self._seen |= names
+        copies = {name.partition(".")[0] for name in sizes(self._dataset / spool.FOLDER, "part-*")}
+        self._cut |= (copies | names) - self._before - self._bytes.keys()
+        counts.planned_parts = len(self._cut)
+        return counts
+
+
+def _watch(
+    thread: threading.Thread,
+    count: Callable[[], Counts],
+    on_progress: Callable[[Counts], None] | None,
+    patience: float,
+) -> None:
+    alive, seen = time.monotonic(), (0, 0)
+    while thread.is_alive():
+        began = time.monotonic()
+        with contextlib.suppress(DatasetError):  # a store that cannot be listed now does not end the job
+            counts = count()
+            if on_progress:
+                on_progress(counts)
+            if (counts.parts, counts.planned_parts) != seen:
+                alive, seen = time.monotonic(), (counts.parts, counts.planned_parts)
+        if time.monotonic() - alive > patience:
+            raise RunError(f"no part was finished for {patience / 60:g} minutes: a worker may have died")
+        thread.join(max(POLL, 10 * (time.monotonic() - began)))  # a listing of many parts takes seconds
+
+
+def _cancel(result: Any) -> str:
+    """Cancel a job, and say what became of it."""
+    done = threading.Event()
+
+    def cancel() -> None:
+        with contextlib.suppress(Exception):
+            result.cancel()
+            done.set()
+
+    thread = threading.Thread(target=cancel, daemon=True, name="cancel")
+    thread.start()
+    thread.join(CANCEL_SECONDS)
+    return "the job was cancelled" if done.is_set() else f"job {_job_id(result)} could not be cancelled and may go on"
+
+
+def _job_id(result: Any) -> str:
+    found = getattr(result, "job_id", None) or getattr(result, "_job_id", "")  # Dataflow's, and portable runners'
+    return str(found() if callable(found) else found)
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, grpc.RpcError):
+        details = error.details() if isinstance(error, grpc.Call) else error
+        return f"the job server is gone ({details}); {KEPT}"
+    return reason(error)
