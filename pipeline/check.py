@@ -25,8 +25,7 @@ from schemas.manifest import LabelRecord, LabelSet, Manifest, PartRecord
 from schemas.parts import LABELS, SIGNALS, TOKEN_COLUMNS, select
 
 BATCH_PARTS, BATCH_TOKENS = 256, 1 << 20  # a batch ends with the part that reaches one of them
-
-_APART = "other columns than other parts"  # no fault of any part: they are looked at apart
+_COLUMNS = "columns are not those of the schema"
 
 T = TypeVar("T")
 
@@ -175,13 +174,15 @@ def _batch(
             if sha256(content) != file.sha256:
                 raise DatasetError("checksum differs from the manifest")
             if file.folder != "deadletter":
-                tables[file.folder][file.part] = _table(content, SIGNALS if file.folder == "signals" else LABELS)
+                tables[file.folder][file.part] = _table(content)
         except DatasetError as error:
             faults.append(f"{file}: {error}")
     signals = tables.pop("signals")
     measured = [(record, signals[record.name]) for record in records if record.name in signals]
     for (record, _), fault in _located(partial(_signals, tokenizer), measured):
         faults.append(f"signals/{record.name}.parquet: {fault}")
+        if fault == _COLUMNS:
+            del signals[record.name]  # there is nothing to compare labels with
     for name, entries in labels.items():
         decided = [
             (entries[part], table, signals[part]) for part, table in tables[f"labels/{name}"].items() if part in signals
@@ -202,18 +203,21 @@ def _located(find: Callable[[Sequence[T]], Iterator[str]], parts: Sequence[T]) -
         yield from _located(find, parts[middle:])
 
 
-def _table(content: bytes, schema: pa.Schema) -> pa.Table:
+def _table(content: bytes) -> pa.Table:
     try:
-        table = pq.ParquetFile(pa.BufferReader(content), pre_buffer=False).read(use_threads=False)
+        reader = pq.ParquetReader()  # what ParquetFile wraps, at a cost that shows with small files
+        reader.open(pa.BufferReader(content), use_memory_map=False, pre_buffer=False)
+        return reader.read_all(use_threads=False)
     except (OSError, pa.ArrowException) as error:
         raise DatasetError(f"cannot be read: {str(error).splitlines()[0]}") from None
-    if not table.schema.equals(select(schema, table.schema.names)):
-        raise DatasetError("columns are not those of the schema")
-    return table
 
 
-def _differ(tables: list[pa.Table]) -> bool:
-    return any(table.schema != tables[0].schema for table in tables)
+def _unlike(tables: list[pa.Table], schema: pa.Schema) -> str:
+    """The fault of their columns, or ""."""
+    first = tables[0].schema
+    if any(table.schema != first for table in tables):
+        return "not all have the same columns"
+    return "" if first.equals(select(schema, first.names)) else _COLUMNS
 
 
 def _join(tables: list[pa.Table]) -> dict[str, Any]:
@@ -230,8 +234,8 @@ def _tokens(offsets: np.ndarray, tables: list[pa.Table]) -> tuple[np.ndarray, np
 
 def _signals(tokenizer: tokenize.TargetTokenizer, parts: Sequence[tuple[PartRecord, pa.Table]]) -> Iterator[str]:
     tables = [table for _, table in parts]
-    if _differ(tables):
-        yield _APART
+    if unlike := _unlike(tables, SIGNALS):
+        yield unlike
         return
     columns = _join(tables)
     lists = [name for name in TOKEN_COLUMNS if name in columns]
@@ -280,8 +284,8 @@ def _signals(tokenizer: tokenize.TargetTokenizer, parts: Sequence[tuple[PartReco
 
 def _labels(parts: Sequence[tuple[LabelRecord, pa.Table, pa.Table]]) -> Iterator[str]:
     tables, measured = [table for _, table, _ in parts], [table for _, _, table in parts]
-    if _differ(tables) or _differ(measured):
-        yield _APART
+    if unlike := _unlike(tables, LABELS) or _unlike(measured, SIGNALS):
+        yield unlike
         return
     decided, signals = pa.concat_tables(tables), pa.concat_tables(measured)
     for name in decided.schema.names:
