@@ -14,13 +14,18 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+from schemas.files import DatasetError, patiently, store_of
 
 log = logging.getLogger(__name__)
 
 MIB = 1 << 20
+FETCHERS = 8  # files of a model that are fetched at a time
 WHOLE_FILE_BYTES = 16 * MIB  # `fingerprint` reads files up to this size in full
 
 
@@ -78,12 +83,64 @@ def get_model(name: str = "smollm2-135m", folder: Path | None = None) -> Path:
 
 
 def resolve(model: str) -> str:
-    """What `from_pretrained` and vLLM open: an embedded model as its folder (fetched if need be), all else as it is.
+    """What `from_pretrained` and vLLM open: an embedded model, or the URL of a folder in an object store, as the
+    folder that it is fetched to, once on each machine; all else as it is.
 
     A folder in the working directory goes before an embedded model of the same name. Raises `ModelError` as
-    `get_model` does.
+    `get_model` does, and for a URL behind which there is nothing.
     """
+    if "://" in model:
+        return str(_fetched(model))
     return str(get_model(model)) if model in PACKAGED and not Path(model).is_dir() else model
+
+
+@lru_cache
+def _fetched(url: str) -> Path:
+    """The copy of a store's folder: `stored/<name>-<digest>` under `$LACY_HOME`, by its URL and its listing.
+
+    One process of a machine fetches, the others wait for it; the folder appears by one rename.
+    """
+    from filelock import FileLock
+
+    try:
+        store, root = store_of(url.rstrip("/"))
+        listed = patiently(lambda: store.find(root, detail=True), url)
+        found = {name.removeprefix(f"{root}/"): entry for name, entry in listed.items() if name.startswith(f"{root}/")}
+        found = {name: found[name] for name in sorted(found) if not any(p.startswith(".") for p in name.split("/"))}
+        if not found:
+            raise ModelError(f"no model at {url}: there is nothing in this folder")
+        versions = [(name, entry["size"], _version(entry)) for name, entry in found.items()]
+        key = hashlib.sha256(json.dumps([url, versions]).encode()).hexdigest()[:16]
+        folder = _home() / "stored" / f"{root.rpartition('/')[2]}-{key}"
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.parent / f".{folder.name}.lock"):
+            if not folder.exists():
+                log.info("fetching %s (once, into %s)", url, folder)
+                with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temp:
+                    made = Path(temp) / "model"
+                    with ThreadPoolExecutor(FETCHERS) as pool:
+                        for done in [pool.submit(_fetch, store, e, made / name, url) for name, e in found.items()]:
+                            done.result()
+                    os.rename(made, folder)
+    except DatasetError as error:
+        raise ModelError(str(error)) from error
+    return folder
+
+
+def _fetch(store: Any, entry: dict[str, Any], target: Path, url: str) -> None:
+    def fetch() -> None:
+        store.get_file(entry["name"], str(target))
+        if target.stat().st_size != entry["size"]:
+            raise OSError(f"{entry['name']} came with {target.stat().st_size} bytes and not {entry['size']}")
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    patiently(fetch, url)
+
+
+def _version(entry: dict[str, Any]) -> str:
+    """What changes with an object's contents, by the name that its store has for it."""
+    names = ("ETag", "etag", "md5Hash", "generation", "created")
+    return next((str(entry[name]) for name in names if name in entry), "")
 
 
 def fetch_member(requirement: str, member: str, target: Path, *, sha256: str | None = None) -> None:
@@ -123,8 +180,8 @@ def fetch_member(requirement: str, member: str, target: Path, *, sha256: str | N
 def fingerprint(model: str) -> dict[str, str]:
     """What identifies a model in a manifest; equal fingerprints mean the same weights and tokenizer.
 
-    A folder, or the name of an embedded model: `{"name", "sha256"}`, over the relative names (sorted), sizes and
-    contents of all its files, hidden ones left out. Of a file over 16 MiB only its first and last MiB are read, so
+    A folder, its URL, or the name of an embedded model: `{"name", "sha256"}`, over the relative names (sorted), sizes
+    and contents of all its files, hidden ones left out. Of a file over 16 MiB only its first and last MiB are read, so
     this takes milliseconds, and would miss an edit of the weights that changes neither these nor the size.
     A hub name: `{"name", "commit"}`, the commit that its `config.json` is cached or fetched at.
 

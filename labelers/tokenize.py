@@ -17,7 +17,9 @@ import pyarrow as pa
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 
-from schemas.files import sha256, write_atomic
+from labelers.models import ModelError, resolve
+from schemas.files import read_bytes, sha256, write_atomic
+from schemas.manifest import DatasetError, at
 
 CALL = "<CALL>"
 END = "<|endoftext|>"
@@ -70,7 +72,7 @@ class Tokens:
 
 
 def load(name: str, *, trust_remote_code: bool = False) -> TargetTokenizer:
-    """A tokenizer by folder or hub name, with `<CALL>` added as a special token when it has none.
+    """A tokenizer by folder, its URL, or a model's name, with `<CALL>` added as a special token when it has none.
 
     Raises TokenizerError when there is none, or when it is no fast tokenizer.
     """
@@ -186,17 +188,19 @@ def _bos(backend: Tokenizer) -> int | None:
 
 def _backend(name: str, trust_remote_code: bool) -> tuple[Tokenizer, str | None]:
     """The tokenizer, and the name of its end token. `transformers` is asked only where there is no tokenizer.json."""
-    file = Path(name) / "tokenizer.json"
+    folder = at(name if "://" in name else resolve(name))
     try:
-        if file.is_file():
-            backend = Tokenizer.from_file(str(file))
-            settings = file.with_name("tokenizer_config.json")
-            eos = json.loads(settings.read_text()).get("eos_token") if settings.is_file() else None
+        if (content := _content(folder / "tokenizer.json")) is not None:
+            backend = Tokenizer.from_str(content)
+            settings = _content(folder / "tokenizer_config.json")
+            eos = json.loads(settings).get("eos_token") if settings is not None else None
         else:
             from transformers import AutoTokenizer
 
-            opened = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+            opened = AutoTokenizer.from_pretrained(resolve(name), trust_remote_code=trust_remote_code)
             backend, eos = opened.backend_tokenizer, opened.eos_token
+    except (DatasetError, ModelError):
+        raise
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise TokenizerError(f"no fast tokenizer at {name!r}: {reason}") from None
@@ -204,3 +208,10 @@ def _backend(name: str, trust_remote_code: bool) -> tuple[Tokenizer, str | None]
     if eos is None and backend.token_to_id(END) is not None:
         eos = END
     return backend, eos
+
+
+def _content(file: Path) -> str | None:
+    try:
+        return read_bytes(file).decode()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
