@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, BinaryIO, Final, TypeVar
@@ -21,6 +22,7 @@ ATTEMPTS: Final = 7  # for one request to a store; the libraries make some of th
 FIRST_PAUSE: Final = 0.2  # seconds, at most; doubles, and is drawn at random so that workers do not return together
 LONGEST_PAUSE: Final = 20.0
 READERS: Final = 16  # threads that read local files
+LOCAL_BATCH: Final = 16  # files that one of them takes at once
 CREDENTIALS: Final = {
     "s3": "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
     "gs": "run gcloud auth application-default login, or set GOOGLE_APPLICATION_CREDENTIALS",
@@ -82,8 +84,10 @@ def read_many(paths: Sequence[Path]) -> list[bytes]:
     if not paths:
         return []
     if not is_remote(paths[0]):
+        starts = range(0, len(paths), LOCAL_BATCH)
         with ThreadPoolExecutor(READERS) as pool:
-            return list(pool.map(lambda path: path.read_bytes(), paths))
+            read = pool.map(lambda start: [path.read_bytes() for path in paths[start : start + LOCAL_BATCH]], starts)
+            return [data for batch in read for data in batch]
     store = _located(paths[0])[0]
     names = [_located(path)[1] for path in paths]
     found: dict[str, bytes] = {}
@@ -102,15 +106,12 @@ def read_many(paths: Sequence[Path]) -> list[bytes]:
 
 def sizes(folder: Path, pattern: str = "*") -> dict[str, int]:
     """The bytes of the files in a folder, by name, sorted: one listing. Empty where there is no such folder."""
-    found: dict[str, int] = {}
-    if is_remote(folder):
-        store, name = _located(folder)
-        entries = patiently(lambda: _listing(store, name, store.ls), folder)
-        found = {entry["name"]: entry["size"] for entry in entries if entry["type"] == "file"}
-    else:
-        with suppress(FileNotFoundError), os.scandir(folder) as children:
-            found = {child.name: child.stat().st_size for child in children if child.is_file()}
-    return {name: found[name] for name in sorted(found) if fnmatchcase(name, pattern)}
+    return {name: size for name, size, _ in _files(folder, pattern)}
+
+
+def modified(folder: Path, pattern: str = "*") -> dict[str, float]:
+    """When the files in a folder were written, in seconds since 1970, by name as `sizes` gives them."""
+    return {name: time for name, _, time in _files(folder, pattern)}
 
 
 def folders(folder: Path) -> list[str]:
@@ -210,6 +211,32 @@ def patiently(request: Callable[[], T], what: object, attempts: int = ATTEMPTS) 
         raise
     except Exception as error:  # every store has exceptions of its own
         raise DatasetError(_advice(error, str(what))) from error
+
+
+def _files(folder: Path, pattern: str) -> list[tuple[str, int, float]]:
+    """Name, bytes and time of each file in a folder, sorted."""
+    found: list[tuple[str, int, float]] = []
+    if is_remote(folder):
+        store, name = _located(folder)
+        entries = patiently(lambda: _listing(store, name, store.ls), folder)
+        found = [(entry["name"], entry["size"], _time(entry)) for entry in entries if entry["type"] == "file"]
+    else:
+        with suppress(FileNotFoundError), os.scandir(folder) as children:
+            for child in children:
+                with suppress(FileNotFoundError):  # a temporary file that is renamed now
+                    if child.is_file():
+                        stat = child.stat()
+                        found.append((child.name, stat.st_size, stat.st_mtime))
+    return sorted(entry for entry in found if fnmatchcase(entry[0], pattern))
+
+
+def _time(entry: dict[str, Any]) -> float:
+    """When an object was written: each store's library has a name of its own for it."""
+    names = ("LastModified", "last_modified", "mtime", "updated", "created")
+    value = next((entry[name] for name in names if name in entry), 0.0)
+    if isinstance(value, str):
+        value = datetime.fromisoformat(value)
+    return value.timestamp() if isinstance(value, datetime) else float(value)
 
 
 def _link(temporary: Path, path: Path) -> None:
