@@ -1,0 +1,202 @@
+"""`lacy status`: how far a run is, on any runner, by what its dataset holds.
+
+Each finished part leaves a record in DATASET/.parts; when it was written tells the pace. What is planned follows from
+the manifest, and for compressed files from the lists of their pieces, once they are cut.
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from pydantic import BaseModel, ValidationError
+
+from pipeline.sources import Range, Stream, plan
+from pipeline.spool import FOLDER
+from schemas.files import folders, modified, read_bytes, read_many
+from schemas.manifest import LabelSet, Manifest, PartRecord, label_sets, read_manifest, record_path
+
+WINDOW = 600.0  # seconds that the pace is measured over
+QUIET, PAUSES = 300.0, 10.0  # a run stands still when it was quiet for so long, and for so many times its usual pause
+NAMED = 5  # parts that are named when a run stands still
+
+
+class Measured(NamedTuple):
+    """What a record tells of its part."""
+
+    rows: int
+    tokens: int
+    bad: int
+    at: float  # when it was written, seconds since 1970
+
+
+class Labels(BaseModel):
+    name: str
+    policy: str = ""
+    budget: float | None = None
+    share: float = 0.0
+    parts: int = 0
+    complete: bool = False
+
+
+class Status(BaseModel):
+    dataset: str
+    state: Literal["none", "running", "complete"]
+    parts: int = 0
+    parts_planned: int | None = None  # without those of files that are not cut yet; None: unknown, with --limit
+    uncut: int = 0  # compressed files whose parts are not known yet
+    documents: int = 0
+    tokens: int = 0
+    bad: int = 0
+    corpus_bytes: int = 0  # as it lies there, compressed files compressed
+    corpus_bytes_done: int = 0
+    share: float = 0.0  # of the run that is done
+    last_part: float | None = None  # when it was finished, seconds since 1970
+    parts_per_second: float | None = None
+    tokens_per_second: float | None = None
+    seconds_left: float | None = None
+    stuck: list[str] = []  # one line each
+    labels: list[Labels] = []
+
+
+def status(dataset: Path, known: dict[str, Measured] | None = None, now: float | None = None) -> Status:
+    """How far the run is that writes a dataset.
+
+    known: what earlier calls read, by part; this one reads the records that are new, and adds them.
+
+    Raises DatasetError for a manifest that is damaged, or a store that cannot be read.
+    """
+    if not modified(dataset, "manifest.json"):
+        return Status(dataset=str(dataset), state="none")
+    manifest = read_manifest(dataset)
+    result = Status(
+        dataset=str(dataset), state=manifest.state, corpus_bytes=sum(file.bytes for file in manifest.corpus)
+    )
+    if manifest.state == "complete":
+        return result.model_copy(update=_complete(dataset, manifest))
+    return result.model_copy(update=_running(dataset, manifest, known if known is not None else {}, now or time.time()))
+
+
+def update(dataset: Path, known: dict[str, Measured]) -> list[str]:
+    """Add to `known` what the new records in a dataset say, and return the names of those that are damaged."""
+    times = {name.removesuffix(".json"): at for name, at in modified(dataset / ".parts", "part-*.json").items()}
+    for gone in known.keys() - times.keys():
+        del known[gone]
+    new = [name for name, at in times.items() if name not in known or known[name].at != at]
+    damaged = []
+    for name, data in zip(new, read_many([record_path(dataset, name) for name in new]), strict=True):
+        try:
+            record = PartRecord.model_validate_json(data)
+        except ValidationError:
+            damaged.append(name)
+        else:
+            known[name] = Measured(record.rows, record.tokens, record.bad, times[name])
+    return damaged
+
+
+def _complete(dataset: Path, manifest: Manifest) -> dict[str, object]:
+    named = {record.name for record in manifest.parts if record.rows}
+    sets = label_sets(dataset)
+    labels = [_labels(found, named) for found in sets.values()]
+    labels += [Labels(name=name) for name in folders(dataset / "labels") if name not in sets]
+    return {
+        "parts": len(manifest.parts),
+        "parts_planned": len(manifest.parts),
+        "documents": manifest.documents,
+        "tokens": manifest.tokens,
+        "bad": manifest.bad,
+        "corpus_bytes_done": sum(file.bytes for file in manifest.corpus),
+        "share": 1.0,
+        "labels": sorted(labels, key=lambda found: found.name),
+    }
+
+
+def _labels(found: LabelSet, named: set[str]) -> Labels:
+    parts = {entry.name for entry in found.parts}
+    return Labels(
+        name=found.name,
+        policy=found.policy,
+        budget=found.budget,
+        share=found.share,
+        parts=len(parts),
+        complete=parts == named,
+    )
+
+
+def _running(dataset: Path, manifest: Manifest, known: dict[str, Measured], now: float) -> dict[str, object]:
+    damaged = update(dataset, known)
+    planned, uncut = _planned(dataset, manifest)
+    limit = manifest.options.get("limit")
+    documents = sum(part.rows for part in known.values())
+    sizes = {part.name: size for part, size in planned}
+    done = sum(sizes.get(name, 0.0) for name in known)
+    total = sum(file.bytes for file in manifest.corpus)
+    share = min(1.0, documents / limit if limit else done / total if total else 0.0)
+    times = sorted(part.at for part in known.values())
+    recent = {name: part for name, part in known.items() if part.at > now - WINDOW}
+    found: dict[str, object] = {
+        "parts": len(known),
+        "parts_planned": None if limit else len(planned),
+        "uncut": len(uncut),
+        "documents": documents,
+        "tokens": sum(part.tokens for part in known.values()),
+        "bad": sum(part.bad for part in known.values()),
+        "corpus_bytes_done": round(done),
+        "share": share,
+        "last_part": times[-1] if times else None,
+    }
+    if len(recent) > 1:
+        first = min(recent, key=lambda name: recent[name].at)
+        seconds = max(now - recent.pop(first).at, 1e-3)  # in which the others were finished
+        found["parts_per_second"] = len(recent) / seconds
+        found["tokens_per_second"] = sum(part.tokens for part in recent.values()) / seconds
+        gained = sum(part.rows / limit if limit else sizes.get(name, 0.0) / total for name, part in recent.items())
+        if gained:
+            found["seconds_left"] = (1 - share) * seconds / gained
+    left = [] if limit or uncut else [part for part, _ in planned if part.name not in known]
+    begun = max(modified(dataset, "manifest.json").values(), default=now)
+    found["stuck"] = [*_damaged(damaged), *_still(times, begun, now, left, whole=share >= 1 and not uncut)]
+    return found
+
+
+def _planned(dataset: Path, manifest: Manifest) -> tuple[list[tuple[Range, float]], list[Stream]]:
+    """The parts that are known with their bytes of the corpus, and the compressed files that are not cut yet."""
+    bytes_of = {file.path: file.bytes for file in manifest.corpus}
+    parts: list[tuple[Range, float]] = []
+    streams = []
+    for item in plan(manifest.corpus, manifest.options["part_bytes"]):
+        if isinstance(item, Range):
+            parts.append((item, item.end - item.start))
+        else:
+            streams.append(item)
+    lists = modified(dataset / FOLDER, "stream-*.json") if streams else {}
+    uncut = []
+    for stream in streams:
+        name = f"stream-{stream.index:05d}.json"
+        if name in lists:
+            pieces = [Range(**fields) for fields in json.loads(read_bytes(dataset / FOLDER / name))]
+            size = sum(piece.end - piece.start for piece in pieces) or 1
+            parts += [(piece, (piece.end - piece.start) / size * bytes_of[stream.source]) for piece in pieces]
+        else:
+            uncut.append(stream)
+    return parts, uncut
+
+
+def _damaged(names: list[str]) -> Iterator[str]:
+    if names:
+        others = f" and {len(names) - 1:,} others are" if len(names) > 1 else " is"
+        yield f".parts/{names[0]}.json{others} damaged: remove them, and their parts are measured again"
+
+
+def _still(times: list[float], begun: float, now: float, left: list[Range], *, whole: bool) -> Iterator[str]:
+    """Lines about a run that stands still. times: when its parts were finished, sorted"""
+    if whole:
+        yield "all parts are measured: the same lacy label command completes the dataset"
+        return
+    usual = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 0.0
+    quiet = now - (times[-1] if times else begun)
+    if quiet > max(QUIET, PAUSES * usual):
+        yield f"no part was finished for {quiet / 60:,.0f} minutes: if the run has ended, the same command goes on"
+        if len(left) <= NAMED:
+            yield from (f"left: {part.name} ({part.source}, bytes {part.start:,} to {part.end:,})" for part in left)
