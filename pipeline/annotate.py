@@ -13,13 +13,10 @@ on a cheap machine would cost more than the write does, which takes a core a fra
 a process of its own, scores the next part.
 """
 
-import pickle
 import time
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import apache_beam as beam
 import pyarrow as pa
@@ -31,12 +28,11 @@ from pipeline.element import Part
 from pipeline.handlers import GrammarHandler, JudgeHandler, ScoreHandler
 from pipeline.heartbeat import Heartbeat, PartCost
 from pipeline.options import ModelSpec
-from pipeline.readers import Bad, read
+from pipeline.packed import listed, pack, unpack
+from pipeline.readers import Bad, CopyGoneError, read
 from pipeline.sources import Range, Stream
-from pipeline.write import write_part
+from pipeline.write import is_finished, write_part
 from schemas.manifest import PartRecord
-
-PACKED = 1000  # descriptions in one element
 
 
 @dataclass(frozen=True)
@@ -60,15 +56,15 @@ class AnnotatePlan:
 def build(pipeline: beam.Pipeline, plan: AnnotatePlan, heartbeat: Heartbeat) -> None:
     """Add the graph to a pipeline."""
     cut = (
-        _listed(pipeline, "streams", plan.streams, Stream)
+        listed(pipeline, "streams", plan.streams, Stream)
         | "spread streams" >> beam.Reshuffle()
         | "cut streams" >> beam.ParDo(_Cut(plan.dataset, plan.part_bytes, plan.committed, heartbeat))
     )
     parts = (
-        (_listed(pipeline, "ranges", plan.ranges, Range), cut)
+        (listed(pipeline, "ranges", plan.ranges, Range), cut)
         | beam.Flatten()
         | "spread parts" >> beam.Reshuffle()
-        | "read" >> beam.ParDo(_Read(plan.tokenizer, heartbeat))
+        | "read" >> beam.ParDo(_Read(plan.dataset, plan.tokenizer, heartbeat))
         | "grammar" >> RunInference(GrammarHandler(plan.spacy, plan.rule, plan.alignment)).with_output_types(Part)
     )
     if plan.hints:
@@ -92,27 +88,13 @@ def _scoring(plan: AnnotatePlan, heartbeat: Heartbeat) -> dict[str, beam.PTransf
     return steps
 
 
-def _listed(pipeline: beam.Pipeline, name: str, items: Sequence[Any], kind: type) -> beam.PCollection:
-    """Descriptions as a collection: packed, since they are part of the job's request, which services limit to 10 MB."""
-    packed = [_pack(items[at : at + PACKED]) for at in range(0, len(items), PACKED)]
-    return pipeline | name >> beam.Create(packed) | f"unpack {name}" >> beam.FlatMap(_unpack).with_output_types(kind)
-
-
-def _pack(items: Sequence[Any]) -> bytes:
-    return zlib.compress(pickle.dumps(items))
-
-
-def _unpack(packed: bytes) -> list[Any]:
-    return pickle.loads(zlib.decompress(packed))
-
-
 class _Cut(beam.DoFn):
     def __init__(self, dataset: Path, part_bytes: int, committed: frozenset[str], heartbeat: Heartbeat):
         self._dataset, self._part_bytes, self._heartbeat = dataset, part_bytes, heartbeat
-        self._packed = _pack(sorted(committed))
+        self._packed = pack(sorted(committed))
 
     def setup(self) -> None:
-        self._committed = set(_unpack(self._packed))
+        self._committed = set(unpack(self._packed))
         self._heartbeat.start()
 
     def process(self, stream: Stream) -> Iterator[Range]:
@@ -125,8 +107,8 @@ class _Cut(beam.DoFn):
 class _Read(beam.DoFn):
     """Reads a range and tokenises its documents."""
 
-    def __init__(self, tokenizer: str, heartbeat: Heartbeat):
-        self._name, self._heartbeat = tokenizer, heartbeat
+    def __init__(self, dataset: Path, tokenizer: str, heartbeat: Heartbeat):
+        self._dataset, self._name, self._heartbeat = dataset, tokenizer, heartbeat
 
     def setup(self) -> None:
         self._heartbeat.start()
@@ -134,7 +116,12 @@ class _Read(beam.DoFn):
 
     def process(self, part: Range) -> Iterator[Part]:
         started = time.monotonic()
-        documents = read(part)
+        try:
+            documents = read(part)
+        except CopyGoneError:
+            if is_finished(self._dataset, part.name):
+                return
+            raise
         bad, seen = list(documents.bad), set()
         keep = []
         for row, doc_id in enumerate(documents.ids):

@@ -10,15 +10,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from tokenizers import Tokenizer
 
 from labelers import tokenize
+from pipeline.batches import batches, bounds, join, parse
 from schemas import codes
 from schemas.files import DatasetError, read_bytes, read_many, sha256, sizes
 from schemas.manifest import LabelRecord, LabelSet, Manifest, PartRecord
@@ -75,12 +75,12 @@ def check(
         for record in manifest.parts:
             yield from (f"{file}: {fault}" for file in _files(record, labels) if (fault := _size(file, found)))
         return
-    batches = list(_batches(manifest.parts))
+    planned = list(batches(manifest.parts))
     pool = ThreadPoolExecutor(workers)
     try:
         done = 0
         look = partial(_batch, dataset, tokenizer, labels, found)
-        for batch, faults in zip(batches, pool.map(look, batches), strict=True):
+        for batch, faults in zip(planned, pool.map(look, planned), strict=True):
             yield from faults
             done += len(batch)
             if on_progress:
@@ -143,19 +143,6 @@ def _size(file: _File, found: dict[str, dict[str, int]]) -> str:
     return "" if file.bytes in (None, size) else f"{size:,} bytes, it was written with {file.bytes:,}"
 
 
-def _batches(records: list[PartRecord]) -> Iterator[list[PartRecord]]:
-    batch: list[PartRecord] = []
-    tokens = 0
-    for record in records:
-        batch.append(record)
-        tokens += record.tokens
-        if len(batch) == BATCH_PARTS or tokens >= BATCH_TOKENS:
-            yield batch
-            batch, tokens = [], 0
-    if batch:
-        yield batch
-
-
 def _batch(
     dataset: Path,
     tokenizer: tokenize.TargetTokenizer,
@@ -174,9 +161,11 @@ def _batch(
             if sha256(content) != file.sha256:
                 raise DatasetError("checksum differs from the manifest")
             if file.folder != "deadletter":
-                tables[file.folder][file.part] = _table(content)
+                tables[file.folder][file.part] = parse(content)
         except DatasetError as error:
             faults.append(f"{file}: {error}")
+        except (OSError, pa.ArrowException) as error:
+            faults.append(f"{file}: cannot be read: {str(error).splitlines()[0]}")
     signals = tables.pop("signals")
     measured = [(record, signals[record.name]) for record in records if record.name in signals]
     for (record, _), fault in _located(partial(_signals, tokenizer), measured):
@@ -203,15 +192,6 @@ def _located(find: Callable[[Sequence[T]], Iterator[str]], parts: Sequence[T]) -
         yield from _located(find, parts[middle:])
 
 
-def _table(content: bytes) -> pa.Table:
-    try:
-        reader = pq.ParquetReader()  # what ParquetFile wraps, at a cost that shows with small files
-        reader.open(pa.BufferReader(content), use_memory_map=False, pre_buffer=False)
-        return reader.read_all(use_threads=False)
-    except (OSError, pa.ArrowException) as error:
-        raise DatasetError(f"cannot be read: {str(error).splitlines()[0]}") from None
-
-
 def _unlike(tables: list[pa.Table], schema: pa.Schema) -> str:
     """The fault of their columns, or ""."""
     first = tables[0].schema
@@ -220,28 +200,16 @@ def _unlike(tables: list[pa.Table], schema: pa.Schema) -> str:
     return "" if first.equals(select(schema, first.names)) else _COLUMNS
 
 
-def _join(tables: list[pa.Table]) -> dict[str, Any]:
-    """The columns of all documents, as arrays."""
-    joined = pa.concat_tables(tables)
-    return {name: joined[name].combine_chunks() for name in joined.schema.names}
-
-
-def _tokens(offsets: np.ndarray, tables: list[pa.Table]) -> tuple[np.ndarray, np.ndarray]:
-    """The first token of each part, and the one behind its last."""
-    ends = np.cumsum([table.num_rows for table in tables])
-    return offsets[np.concatenate([[0], ends[:-1]])], offsets[ends]
-
-
 def _signals(tokenizer: tokenize.TargetTokenizer, parts: Sequence[tuple[PartRecord, pa.Table]]) -> Iterator[str]:
     tables = [table for _, table in parts]
     if unlike := _unlike(tables, SIGNALS):
         yield unlike
         return
-    columns = _join(tables)
+    columns = join(tables)
     lists = [name for name in TOKEN_COLUMNS if name in columns]
     offsets = columns["token_ids"].offsets.to_numpy()
-    for (record, table), start, end in zip(parts, *_tokens(offsets, tables), strict=True):
-        counts = (table.num_rows, int(end - start))
+    for (record, table), (start, end) in zip(parts, bounds(offsets, tables), strict=True):
+        counts = (table.num_rows, end - start)
         if counts != (record.rows, record.tokens):
             yield f"{counts[0]} documents and {counts[1]} tokens, the manifest says {record.rows} and {record.tokens}"
     uneven = [name for name in lists if not np.array_equal(columns[name].offsets.to_numpy(), offsets)]
@@ -300,7 +268,7 @@ def _labels(parts: Sequence[tuple[LabelRecord, pa.Table, pa.Table]]) -> Iterator
         yield "an unknown label code"
         return
     delegated, ignored = (np.append(0, np.cumsum(label == code)) for code in (codes.DELEGATE, codes.IGNORE))
-    for (entry, *_), start, end in zip(parts, *_tokens(offsets, tables), strict=True):
+    for (entry, *_), (start, end) in zip(parts, bounds(offsets, tables), strict=True):
         counts = (delegated[end] - delegated[start], ignored[end] - ignored[start])
         if counts != (entry.delegated, entry.ignored):
             yield "counts of labels differ from policy.json"

@@ -1,0 +1,46 @@
+"""Parts that are looked at together, so that many small ones are not as many small computations."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from schemas.manifest import PartRecord
+
+PARTS, TOKENS = 256, 1 << 20  # a batch ends with the part that reaches one of them
+
+
+def batches(records: Sequence[PartRecord]) -> Iterator[list[PartRecord]]:
+    """Parts in order, divided."""
+    batch: list[PartRecord] = []
+    tokens = 0
+    for record in records:
+        batch.append(record)
+        tokens += record.tokens
+        if len(batch) == PARTS or tokens >= TOKENS:
+            yield batch
+            batch, tokens = [], 0
+    if batch:
+        yield batch
+
+
+def parse(content: bytes) -> pa.Table:
+    """The table in a Parquet file. Raises OSError or ArrowException when it is none."""
+    reader = pq.ParquetReader()  # what ParquetFile wraps, at a cost that shows with small files
+    reader.open(pa.BufferReader(content), use_memory_map=False, pre_buffer=False)
+    return reader.read_all(use_threads=False)
+
+
+def join(tables: Sequence[pa.Table]) -> dict[str, Any]:
+    """The columns of all documents, as arrays. The tables have the same."""
+    joined = pa.concat_tables(tables)
+    return {name: joined[name].combine_chunks() for name in joined.schema.names}
+
+
+def bounds(offsets: npt.NDArray[Any], tables: Sequence[pa.Table]) -> list[tuple[int, int]]:
+    """The first token of each table, and the one behind its last; `offsets` are those of the joined documents."""
+    ends = np.cumsum([0, *(table.num_rows for table in tables)])
+    return list(zip(offsets[ends[:-1]].tolist(), offsets[ends[1:]].tolist(), strict=True))
