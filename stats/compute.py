@@ -72,6 +72,9 @@ def compute(
     Raises DatasetError for a dataset that is missing, unfinished or damaged, or that has no such label set; SqlError
     for a condition or a column that DuckDB does not understand.
     """
+    for option, given in (("where", where), ("by", by)):
+        if given is not None and not given.strip():
+            raise SqlError(f"--{option} is empty: give SQL on the columns of the view labels")
     folder = at(dataset)
     manifest = read_complete(folder)
     sets = label_sets(folder)
@@ -147,10 +150,10 @@ SELECT coalesce((
 {by}
 )::VARCHAR, '') AS name, count(*), count_if(factual), count(*) FILTER (label = '{LABELS[DELEGATE]}'),
     count(*) FILTER (label = '{LABELS[IGNORE]}'), count(ref_nll), coalesce(sum(ref_nll), 0)
-{_tokens(labels, where)}
+{tokens_where(labels, where)}
 GROUP BY name ORDER BY count(*) DESC, name LIMIT {GROUPS + 1}"""
     require_reading(sql)
-    rows = connection.execute(sql, _parameters(labels)).fetchall()
+    rows = connection.execute(sql, parameters(labels)).fetchall()
     return [Group(**dict(zip(("name", *COUNTS), row, strict=True))) for row in rows]
 
 
@@ -166,12 +169,13 @@ def _blaming(option: str) -> Iterator[None]:
 
 def _look_at(connection: Any, labels: str | None, where: str) -> None:
     """Make the table `looked_at`: part, doc_id, and `places` in its lists (from 1) where the condition holds."""
-    sql = f"SELECT part, doc_id, list(position + 1 ORDER BY position) AS places {_tokens(labels, where)} GROUP BY ALL"
+    rows = tokens_where(labels, where)
+    sql = f"SELECT part, doc_id, list(position + 1 ORDER BY position) AS places {rows} GROUP BY ALL"
     require_reading(sql)
-    connection.execute(f"CREATE TEMP TABLE looked_at AS {sql}", _parameters(labels))
+    connection.execute(f"CREATE TEMP TABLE looked_at AS {sql}", parameters(labels))
 
 
-def _tokens(labels: str | None, where: str | None) -> str:
+def tokens_where(labels: str | None, where: str | None) -> str:
     """The tokens of a view, with a label. The user's condition has lines of its own, since it may end in a comment."""
     if labels is None:
         rows = "FROM (SELECT *, NULL::VARCHAR AS labels, NULL::VARCHAR AS label FROM tokens) WHERE true"
@@ -180,7 +184,7 @@ def _tokens(labels: str | None, where: str | None) -> str:
     return rows if where is None else f"{rows} AND (\n{where}\n)"
 
 
-def _parameters(labels: str | None) -> dict[str, str]:
+def parameters(labels: str | None) -> dict[str, str]:
     return {} if labels is None else {"labels": labels}
 
 

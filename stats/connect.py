@@ -17,6 +17,7 @@ from schemas.views import PREFIX, create_views, quote
 from stats.files import DatasetFiles
 
 _REMOTE_THREADS: Final = 4  # for each core: what reads from an object store waits more than it computes
+_EXPLAIN: Final = r"(?is)^\s*explain\b\s*(analy[sz]e\b|\(\s*(analy[sz]e|format)\b[^()]*\))?"
 _SESSION: Final = r"(?is)create\s+(or\s+replace\s+)?(temp|temporary)\s+(recursive\s+)?(table|view|macro|function)\b"
 
 
@@ -115,7 +116,7 @@ def require_reading(sql: str, session: bool = False) -> None:
         raise SqlError(f"{len(found)} statements: give one")
     kind = found[0].type
     if kind == duckdb.StatementType.EXPLAIN:
-        explained = re.sub(r"(?is)^\s*explain\s+(analy[sz]e\s+)?", "", found[0].query, count=1)
+        explained = re.sub(_EXPLAIN, "", found[0].query, count=1)
         return require_reading(explained)
     if session and kind == duckdb.StatementType.CREATE and re.match(_SESSION, found[0].query.strip()):
         return None

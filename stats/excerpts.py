@@ -28,6 +28,7 @@ from schemas.codes import LEARN
 from schemas.manifest import DatasetError, Manifest, labels_path, signals_path
 from schemas.parts import SIGNALS
 from schemas.printable import printable
+from stats.compute import parameters, tokens_where
 from stats.connect import SqlError, connect, one_line
 
 CODES: Final = 48  # "0"
@@ -75,14 +76,10 @@ def matching(dataset: Path, labels: str | None, where: str) -> list[str]:
 
     Raises SqlError for a condition that DuckDB does not understand.
     """
-    if labels is None:
-        rows = "FROM (SELECT *, NULL::VARCHAR AS labels, NULL::VARCHAR AS label FROM tokens) WHERE true"
-    else:
-        rows = "FROM labels WHERE labels = $labels"
-    sql = f"SELECT DISTINCT doc_id {rows} AND (\n{where}\n)"
     with connect(dataset) as connection:
         try:
-            found = connection.execute(sql, {} if labels is None else {"labels": labels}).fetchall()
+            sql = f"SELECT DISTINCT doc_id {tokens_where(labels, where)}"
+            found = connection.execute(sql, parameters(labels)).fetchall()
         except duckdb.Error as error:
             raise SqlError(one_line(error)) from None
     return [doc_id for (doc_id,) in found]

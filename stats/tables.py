@@ -25,9 +25,11 @@ def show(stats: Stats, console: Console) -> None:
     def put(caption: str, *tables: Table) -> None:
         console.print()
         console.print(Text(caption, style="bold"))
-        console.print(_beside(tables, console.width))
+        console.print(_beside(tables, console.width), crop=False)
 
     console.print(Text(_headline(stats)), soft_wrap=True)
+    if not stats.tokens:
+        return
     if stats.label_sets:
         put("What each policy decided, in shares of all tokens", _label_sets_table(stats))
     verb = _verb(stats)
@@ -66,9 +68,11 @@ def show(stats: Stats, console: Console) -> None:
 
 
 def _headline(stats: Stats) -> str:
+    where = f" where {printable(stats.where)}" if stats.where is not None else ""
+    if not stats.tokens:
+        return f"{printable(stats.dataset)}: there is no token{where}"
     bad = f", {stats.bad:,} bad records" if stats.bad else ""
     share = _share(stats.factual, stats.tokens)
-    where = f" where {printable(stats.where)}" if stats.where else ""
     found = f"{stats.documents:,} documents, {stats.tokens:,} tokens, {share} factual{bad}"
     return f"{printable(stats.dataset)}{where}: {found}"
 
@@ -122,8 +126,8 @@ def _fold(groups: Sequence[figures.Group]) -> list[figures.Group]:
 
 def _budgets_table(stats: Stats) -> Table:
     table = _table(numbers=("budget", "picked", "lowest loss", "mean loss"), gap=2)
-    table.add_column("parts of speech picked", no_wrap=True, overflow="ellipsis")
-    table.add_column("entity types picked", no_wrap=True, overflow="ellipsis")
+    table.add_column("parts of speech picked")
+    table.add_column("entity types picked")
     for pick in stats.budgets:
         mean = pick.nll / pick.tokens if pick.tokens else None
         row = (f"{pick.budget:.0%}", _share(pick.tokens, stats.tokens), _number(pick.threshold), _number(mean))
@@ -131,9 +135,14 @@ def _budgets_table(stats: Stats) -> Table:
     return table
 
 
-def _most(counts: Mapping[str, int]) -> str:
+def _most(counts: Mapping[str, int]) -> Text:
     total = sum(counts.values())
-    return ", ".join(f"{name or '(none)'} {count / total:.0%}" for name, count in list(counts.items())[:KINDS])
+    return _listed(f"{name or '(none)'} {count / total:.0%}" for name, count in list(counts.items())[:KINDS])
+
+
+def _listed(items: Iterable[str]) -> Text:
+    """For a column that may be narrowed to make a table fit, which no column does that is `no_wrap` itself."""
+    return Text(", ".join(items), no_wrap=True, overflow="ellipsis")
 
 
 def _agreements(stats: Stats) -> list[figures.Agreement]:
@@ -143,10 +152,8 @@ def _agreements(stats: Stats) -> list[figures.Agreement]:
 
 def _agreement_table(stats: Stats, agreements: Iterable[figures.Agreement]) -> Table:
     mine = stats.labels or ""
-    table = _table(
-        f"{printable(mine)} and", numbers=("same label", "kappa", "both", f"only {printable(mine)}", "only other")
-    )
-    table.add_column("differ most at, and there", no_wrap=True, overflow="ellipsis")
+    table = _table(f"{printable(mine)} and", numbers=("same", "kappa", "both", f"only {printable(mine)}", "only other"))
+    table.add_column("most different, of these")
     for found in agreements:
         other, only, theirs = found.b, found.only_a, found.only_b
         if found.b == mine:
@@ -157,7 +164,7 @@ def _agreement_table(stats: Stats, agreements: Iterable[figures.Agreement]) -> T
             for difference in found.differences[:KINDS]
         )
         shares = (_share(count, stats.tokens) for count in (found.both, only, theirs))
-        table.add_row(_name(other), _share(found.same, stats.tokens), _number(found.kappa), *shares, ", ".join(where))
+        table.add_row(_name(other), _share(found.same, stats.tokens), _number(found.kappa), *shares, _listed(where))
     return table
 
 
@@ -187,14 +194,16 @@ def _table(*names: str, numbers: Sequence[str], gap: int = 2) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0), header_style="dim")
     for name in names:
         table.add_column(name, no_wrap=True, overflow="ellipsis", max_width=_WORD_WIDTH)
-    for name in numbers:
-        table.add_column(name, justify="right", no_wrap=True, min_width=len(name))
+    for name in numbers:  # in a narrow place the heading wraps, so that no digit is cut
+        table.add_column(name, justify="right", min_width=max(map(len, name.split())))
     return table
 
 
 def _beside(tables: Sequence[Table], width: int) -> RenderableType:
-    if len(tables) == 1 or width < _WIDE:
-        return Group(*tables)
+    if len(tables) == 1:
+        return tables[0]
+    if width < _WIDE:
+        return Group(tables[0], *(line for table in tables[1:] for line in ("", table)))
     grid = Table.grid(padding=(0, 2))
     grid.add_row(*tables)
     return grid

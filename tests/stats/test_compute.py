@@ -10,7 +10,7 @@ import fsspec
 import pytest
 
 from schemas.codes import DELEGATE, ENT_TYPES, IGNORE, LEARN, POS
-from schemas.manifest import DatasetError, read_complete
+from schemas.manifest import DatasetError, label_sets, read_complete
 from stats import compute as module
 from stats.compute import compute
 from stats.connect import SqlError
@@ -118,6 +118,9 @@ def test_totals_and_label_sets(dataset, documents, looked_at):
         assert stats.bad == whole.bad > 0
         assert found["lacy"].delegated and found["a 'quoted' set"].ignored
         assert len(members) == whole.tokens
+        for name, decided in label_sets(dataset).items():
+            assert found[name].delegated == sum(part.delegated for part in decided.parts)
+            assert found[name].delegated + found[name].ignored == decided.chosen
 
 
 @pytest.mark.parametrize("labels", [*SETS, None])
@@ -292,6 +295,11 @@ def test_words(dataset, documents, labels, at_least, monkeypatch, looked_at):
     assert stats.kept_at_least == at_least
 
 
+@pytest.mark.parametrize(("tokens", "times"), [(0, 1), (19_999, 1), (20_000, 2), (49_999, 4), (50_000, 5), (10**9, 5)])
+def test_how_often_a_word_is_kept_at_least(tokens, times):
+    assert module._rare(tokens) == times
+
+
 def test_the_label_set_looked_at(tmp_path):
     sets = {"zeta": by_loss(1.0), "alpha": by_loss(9.0)}
     write(tmp_path, corpus(3), sets=sets)
@@ -346,6 +354,8 @@ def test_a_wrong_condition_or_column_is_one_line(dataset):
         ({"where": "1 = 1) OR ((true"}, "--where: Parser Error"),
         ({"by": "nonsense"}, "--by: Binder Error.*nonsense"),
         ({"by": "pos; SELECT 1"}, "--by: "),
+        ({"where": " "}, "--where is empty"),
+        ({"by": ""}, "--by is empty"),
     ):
         with pytest.raises(SqlError, match=match) as error:
             compute(dataset, **options)
