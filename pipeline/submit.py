@@ -9,7 +9,7 @@ import contextlib
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,12 @@ from apache_beam.runners.runner import PipelineState
 from pipeline import spool
 from pipeline.heartbeat import Counts, Heartbeat
 from pipeline.local import RunError, reason
-from schemas.files import DatasetError, read_many, sizes
-from schemas.manifest import PartRecord, record_path
+from pipeline.status import Measured, update
+from schemas.files import DatasetError, modified, sizes
 
 HERE = (None, "FnApiRunner", "DirectRunner")  # Beam's DirectRunner would fetch a binary, and ignore the worker count
-PATIENCE = 3600.0
+PATIENCE = 1800.0
+FIRST_PART = 3600.0  # machines must come up, with their image, and load models
 POLL = 1.0
 CANCEL_SECONDS = 60.0
 KEPT = "finished parts are kept: run the same command again to go on"
@@ -48,10 +49,11 @@ def run(
 ) -> None:
     """Submit the graph that `build` adds to a pipeline, and wait until the job has ended.
 
-    count: what is finished, by the dataset (`Ledger.count`)
+    count: what is finished, by the dataset (`counter`)
     on_submit: told the job's id
     wait: False ends when the job is submitted
-    patience: seconds in which nothing may become finished until the job is given up and cancelled
+    patience: seconds without a newly finished part after which the job is given up and cancelled; before the first
+        one it has an hour
 
     Raises RunError when the job cannot be submitted, fails, or stands still; KeyboardInterrupt, with what became of
     the job, on Ctrl-C.
@@ -91,32 +93,29 @@ def run(
         raise RunError(failure[0])
 
 
-class Ledger:
-    """What the records in a dataset's .parts tell; each is read once."""
+def counter(dataset: Path, before: Set[str], bytes_of: dict[str, int]) -> Callable[[], Counts]:
+    """What counts the parts that are finished from now on, by their records, and those that were cut from streams.
 
-    def __init__(self, dataset: Path, before: set[str], bytes_of: dict[str, int]):
-        """`before` were finished by an earlier run; `bytes_of` the corpus a part has, where that is known."""
-        self._dataset, self._before, self._bytes = dataset, before, bytes_of
-        self._seen, self._cut = set(before), set[str]()
-        self._counts = Counts()
+    `before` were finished by an earlier run; `bytes_of` the corpus a part has, where that is known.
+    """
+    earlier = modified(dataset / ".parts", "part-*.json")
+    known = {name: Measured(0, 0, 0, at) for file, at in earlier.items() if (name := file[:-5]) in before}
+    cut: set[str] = set()
 
-    def count(self) -> Counts:
-        """Of the parts that were finished since the ledger was made, and of those that were cut from streams."""
-        names = {name.removesuffix(".json") for name in sizes(self._dataset / ".parts", "part-*.json")}
-        counts = self._counts
-        new = sorted(names - self._seen)
-        for data in read_many([record_path(self._dataset, name) for name in new]):
-            record = PartRecord.model_validate_json(data)
-            counts.documents += record.rows
-            counts.tokens += record.tokens
-            counts.bad += record.bad
-            counts.parts += 1
-            counts.bytes += self._bytes.get(record.name, 0)
-        self._seen |= names
-        copies = {name.partition(".")[0] for name in sizes(self._dataset / spool.FOLDER, "part-*")}
-        self._cut |= (copies | names) - self._before - self._bytes.keys()
-        counts.planned_parts = len(self._cut)
-        return counts
+    def count() -> Counts:
+        update(dataset, known)
+        copies = {name.partition(".")[0] for name in sizes(dataset / spool.FOLDER, "part-*")}
+        cut.update((copies | known.keys()) - before - bytes_of.keys())
+        return Counts(
+            documents=sum(part.rows for part in known.values()),
+            tokens=sum(part.tokens for part in known.values()),
+            bad=sum(part.bad for part in known.values()),
+            parts=len(known.keys() - before),
+            bytes=sum(bytes_of.get(name, 0) for name in known),
+            planned_parts=len(cut),
+        )
+
+    return count
 
 
 def _watch(
@@ -134,8 +133,9 @@ def _watch(
                 on_progress(counts)
             if (counts.parts, counts.planned_parts) != seen:
                 alive, seen = time.monotonic(), (counts.parts, counts.planned_parts)
-        if time.monotonic() - alive > patience:
-            raise RunError(f"no part was finished for {patience / 60:g} minutes: a worker may have died")
+        limit = patience if seen[0] else max(patience, FIRST_PART)
+        if time.monotonic() - alive > limit:
+            raise RunError(f"no part was finished for {limit / 60:g} minutes: a worker may have died")
         thread.join(max(POLL, 10 * (time.monotonic() - began)))  # a listing of many parts takes seconds
 
 
