@@ -33,6 +33,25 @@ Where = Annotated[
 Policy = Annotated[str, typer.Option(help="lacy, loss, rho, gain, judge, factual, random or none (docs/policies.md).")]
 Action = Annotated[str, typer.Option(help="What becomes of chosen tokens: delegate, or ignore to mask them.")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Processes; default: one for each core.")]
+On = Annotated[
+    str | None, typer.Option(help="Machines that do the work: dataflow, flink or portable (docs/dataflow.md).")
+]
+Image = Annotated[str | None, typer.Option(help="Of the workers (docs/docker.md).")]
+MaxWorkers = Annotated[int | None, typer.Option(min=1, help="Machines of a Dataflow job, at most.")]
+Project = Annotated[str | None, typer.Option(help="For --on dataflow.")]
+Region = Annotated[str | None, typer.Option(help="For --on dataflow: as us-central1.")]
+TempLocation = Annotated[
+    str | None, typer.Option(metavar="gs://...", help="For --on dataflow; default: lacy-temp in the dataset's bucket.")
+]
+FlinkMaster = Annotated[str | None, typer.Option(metavar="HOST:PORT", help="For --on flink.")]
+JobEndpoint = Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Of Beam's job server, for --on portable.")]
+WorkerPool = Annotated[
+    str | None, typer.Option(metavar="HOST:PORT", help="Beam's workers that stand already, for --on flink, portable.")
+]
+Wait = Annotated[bool, typer.Option("--wait/--no-wait", help="End when a job is submitted; run it again to finish.")]
+Patience = Annotated[
+    float, typer.Option(min=0, help="Minutes without a finished part after which a job is given up and cancelled.")
+]
 
 
 @app.callback()
@@ -60,7 +79,7 @@ def label(
             help="Files, folders, globs: .jsonl .parquet .txt, MediaWiki .xml; .gz .zst .bz2; any Beam filesystem.",
         ),
     ],
-    out: Annotated[Path, typer.Option(help="The dataset: a new folder, or one that this command began.")],
+    out: Annotated[str, typer.Option(help="The dataset: a new folder or URL, or one that this command began.")],
     policy: Policy = "lacy",
     budget: Budget = 0.15,
     action: Action = "delegate",
@@ -120,6 +139,21 @@ def label(
     estimate: Annotated[
         bool, typer.Option("--estimate", help="Label a sample, and say what the whole corpus will take.")
     ] = False,
+    on: On = None,
+    image: Image = None,
+    gpu: Annotated[
+        str | None, typer.Option(help="Of the machines that score, with --on: l4, a100 or h100; default: none.")
+    ] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="Of one such machine.")] = 1,
+    max_workers: MaxWorkers = None,
+    project: Project = None,
+    region: Region = None,
+    temp_location: TempLocation = None,
+    flink_master: FlinkMaster = None,
+    job_endpoint: JobEndpoint = None,
+    worker_pool: WorkerPool = None,
+    wait: Wait = True,
+    patience: Patience = 30.0,
 ) -> None:
     """Label a corpus: measure every token, then decide which to learn and which to delegate.
 
@@ -127,12 +161,26 @@ def label(
     """
     with known_errors():
         quiet(threads)
-        from lacy.commands import run_estimate, run_label
+        from lacy.commands import cluster_of, run_estimate, run_label
         from pipeline.options import LabelOptions
+        from pipeline.presets import require_reach
 
+        cluster = cluster_of(
+            on,
+            image=image,
+            gpu=gpu,
+            gpus=gpus,
+            max_workers=max_workers,
+            project=project,
+            region=region,
+            temp_location=temp_location,
+            flink_master=flink_master,
+            job_endpoint=job_endpoint,
+            worker_pool=worker_pool,
+        )
         options = LabelOptions(
             corpus=corpus,
-            out=out,
+            out=out,  # type: ignore[arg-type]
             tokenizer=tokenizer,
             reference=None if reference == "none" else reference,
             student=student,
@@ -156,33 +204,55 @@ def label(
             limit=limit,
             part_bytes=part_bytes,
             max_bad=max_bad,
-            workers=workers or os.cpu_count() or 1,
+            workers=workers or (cluster and cluster.processes) or os.cpu_count() or 1,
             threads=threads,
             trust_remote_code=trust_remote_code,
             estimate=estimate,
         )
+        if cluster:
+            require_reach(cluster, options)
         if estimate:
             run_estimate(options, policy, budget, running.debug)
         else:
-            run_label(options, policy, budget, action, seed, _beam_options, running.debug)
+            run_label(options, policy, budget, action, seed, cluster, _beam_options, wait, 60 * patience, running.debug)
 
 
 @app.command(epilog="Example:  lacy decide labelled --policy loss --budget 0.2")
 def decide(
-    dataset: Dataset,
+    dataset: Readable,
     policy: Policy,
     budget: Budget = 0.15,
     action: Action = "delegate",
     name: Annotated[str | None, typer.Option(help="Of the label set; default: the policy's.")] = None,
     seed: Annotated[int, typer.Option(help="Of the policy random, and of ties.")] = 0,
     workers: Annotated[int, typer.Option(min=1, help="Processes; one is enough for some billion tokens.")] = 1,
+    on: On = None,
+    image: Image = None,
+    max_workers: MaxWorkers = None,
+    project: Project = None,
+    region: Region = None,
+    temp_location: TempLocation = None,
+    flink_master: FlinkMaster = None,
+    job_endpoint: JobEndpoint = None,
+    worker_pool: WorkerPool = None,
 ) -> None:
     """Decide again, from the signals on disk: another policy or budget, without any model."""
     with known_errors():
         quiet(1)
-        from lacy.commands import run_decide
+        from lacy.commands import cluster_of, run_decide
 
-        run_decide(dataset, policy, budget, action, name, seed, workers)
+        cluster = cluster_of(
+            on,
+            image=image,
+            max_workers=max_workers,
+            project=project,
+            region=region,
+            temp_location=temp_location,
+            flink_master=flink_master,
+            job_endpoint=job_endpoint,
+            worker_pool=worker_pool,
+        )
+        run_decide(dataset, policy, budget, action, name, seed, workers, cluster, _beam_options)
 
 
 @app.command(epilog="Example:  lacy check labelled   lacy check s3://bucket/labelled --quick")

@@ -17,8 +17,40 @@ from schemas.manifest import LabelSet, Manifest
 PLAIN_INTERVAL = 10.0  # seconds between progress lines where there is no terminal
 
 
+def cluster_of(on: str | None, **options: Any) -> Any:
+    """The cluster that options describe; None where they name none."""
+    from pipeline.presets import Cluster, UsageError
+
+    if on is None:
+        for name, value in options.items():
+            if value not in (None, 1):
+                raise UsageError(f"--{name.replace('_', '-')} needs --on dataflow, flink or portable")
+        return None
+    return Cluster(on=on, **options)  # type: ignore[arg-type]
+
+
+def _options_of(cluster: Any, job: str, dataset: Any, given: list[str]) -> list[str]:
+    """Beam's options of a job: what the preset fills in, which is printed, then the user's own."""
+    if cluster is None:
+        return given
+    from pipeline.presets import beam_options
+
+    filled = beam_options(cluster, job, str(dataset))
+    console_for_messages().print(f"{job} on {cluster.on}: {' '.join(filled)}")
+    return filled + given
+
+
 def run_label(
-    options: Any, policy: str, budget: float, action: str, seed: int, beam_options: list[str], debug: bool
+    options: Any,
+    policy: str,
+    budget: float,
+    action: str,
+    seed: int,
+    cluster: Any,
+    beam_options: list[str],
+    wait: bool,
+    patience: float,
+    debug: bool,
 ) -> None:
     from labelers.policies import require
     from pipeline.decide import decide
@@ -31,10 +63,22 @@ def run_label(
     started = time.monotonic()
     with view:
         manifest = annotate(
-            options, beam_options=beam_options, on_start=view.start, on_progress=view.update, debug=debug
+            options,
+            cluster=cluster,
+            beam_options=_options_of(cluster, "label", options.out, beam_options),
+            on_start=view.start,
+            on_submit=lambda job: console.print(f"submitted: {job}"),
+            on_progress=view.update,
+            wait=wait,
+            patience=patience,
+            debug=debug,
         )
+    if manifest.state != "complete":
+        console.print("lacy status tells how far it is; the same command finishes it")
+        return
     _tell_annotated(console, manifest, time.monotonic() - started, view.scored, options.out)
-    labels = decide(options.out, policy, budget=budget, action=action, seed=seed)
+    on_cluster = _options_of(cluster, "decide", options.out, beam_options)
+    labels = decide(options.out, policy, budget=budget, action=action, seed=seed, beam_options=on_cluster)
     _tell_decided(console, labels)
 
 
@@ -49,11 +93,32 @@ def run_estimate(options: Any, policy: str, budget: float, debug: bool) -> None:
 
 
 def run_decide(
-    dataset: Path, policy: str, budget: float, action: str, name: str | None, seed: int, workers: int
+    dataset: str,
+    policy: str,
+    budget: float,
+    action: str,
+    name: str | None,
+    seed: int,
+    workers: int,
+    cluster: Any,
+    beam_options: list[str],
 ) -> None:
     from pipeline.decide import decide
+    from pipeline.presets import require_store
+    from schemas.manifest import at
 
-    labels = decide(dataset, policy, budget=budget, action=action, name=name, seed=seed, workers=workers)
+    if cluster:
+        require_store(cluster, dataset)
+    labels = decide(
+        at(dataset),
+        policy,
+        budget=budget,
+        action=action,
+        name=name,
+        seed=seed,
+        workers=workers,
+        beam_options=_options_of(cluster, "decide", dataset, beam_options),
+    )
     _tell_decided(console_for_messages(), labels)
 
 

@@ -8,8 +8,8 @@ any order. In Beam, a pass is a count over parts, a merge, and a side input for 
 """
 
 import re
-import shutil
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,18 +18,34 @@ import apache_beam as beam
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
+from pydantic import TypeAdapter
 
 from labelers import policies
 from labelers.policies import Selection
-from pipeline import local
+from pipeline import local, submit
+from pipeline.batches import batches, bounds, join, parse
+from pipeline.heartbeat import Counts as Progress
+from pipeline.heartbeat import Heartbeat
+from pipeline.packed import listed
 from schemas.codes import DELEGATE, IGNORE
-from schemas.files import sha256, write_atomic
-from schemas.manifest import LabelRecord, LabelSet, labels_path, load, read_complete, save, signals_path
+from schemas.files import (
+    DatasetError,
+    read_many,
+    remove,
+    remove_temporary,
+    remove_tree,
+    sha256,
+    sizes,
+    write_atomic,
+)
+from schemas.manifest import LabelRecord, LabelSet, Manifest, labels_path, load, read_complete, save, signals_path
 from schemas.parts import LABELS, select, to_parquet
 
-RECORDS = ".parts"
+POLICY, RECORDS = "policy.json", ".parts"
+WRITERS = 16  # threads that encode and write the parts of a batch
 Counts = npt.NDArray[np.int64]
+_RECORDS = TypeAdapter(list[LabelRecord])
+_SIGNALS = ("factual", "ref_nll", "student_nll", "judge")  # what policies may ask for
 
 
 @dataclass(frozen=True)
@@ -58,12 +74,13 @@ def decide(
     name: str | None = None,
     seed: int = 0,
     workers: int = 1,
+    beam_options: list[str] | None = None,
 ) -> LabelSet:
     """Write the label set `name` (default: the policy's) and return its record.
 
     The threshold is exact: round(budget * tokens) tokens are chosen, or all that the policy allows when these are
     fewer. Equal scores are told apart by a hash of document id and position. A label set that has the name already is
-    replaced.
+    replaced. With `beam_options` that name another runner the work is done there.
 
     Raises DatasetError for a dataset that is missing or unfinished, PolicyError, RunError.
     """
@@ -75,10 +92,28 @@ def decide(
         raise policies.PolicyError(f"{name!r} cannot name a label set: use letters, digits, '.', '_' and '-'")
     budgeted = policies.POLICIES[policy].budgeted
     decision = Decision(dataset, name, policy, budget if budgeted else None, action, seed, manifest.tokens)
-    parts = [record.name for record in manifest.parts if record.rows]
-    shutil.rmtree(decision.folder, ignore_errors=True)
-    local.run(lambda pipeline, _: build(pipeline, decision, parts), workers=workers)
-    records = [load(_record_path(decision, part), LabelRecord) for part in parts]
+    planned = [[record.name for record in batch] for batch in batches([r for r in manifest.parts if r.rows])]
+    # Readers know a label set by its policy.json: it goes first, and comes last.
+    remove(decision.folder / POLICY)
+    remove_tree(decision.folder / RECORDS)
+    remove_temporary(decision.folder)
+
+    def graph(pipeline: beam.Pipeline, _: Heartbeat) -> None:
+        build(pipeline, decision, planned)
+
+    def progress() -> Progress:
+        written = sizes(decision.folder / RECORDS)
+        return Progress(parts=sum(len(batch) for batch in planned if f"{batch[0]}.json" in written))
+
+    if submit.elsewhere(beam_options):
+        submit.run(graph, beam_options=beam_options or [], count=progress)
+    else:
+        local.run(graph, workers=workers)
+    written = read_many([_record_path(decision, batch) for batch in planned])
+    records = [record for data in written for record in _RECORDS.validate_json(data)]
+    for stray in sizes(decision.folder, "*.parquet").keys() - {f"{record.name}.parquet" for record in records}:
+        remove(decision.folder / stray)
+    remove_tree(decision.folder / RECORDS)
     chosen = sum(record.delegated + record.ignored for record in records)
     labels = LabelSet(
         name=name,
@@ -93,26 +128,44 @@ def decide(
         threshold=min((record.lowest for record in records if record.lowest is not None), default=None),
         parts=records,
     )
-    save(decision.folder / "policy.json", labels)
-    shutil.rmtree(decision.folder / RECORDS)
+    save(decision.folder / POLICY, labels)
     return labels
 
 
-def build(pipeline: beam.Pipeline, decision: Decision, parts: list[str]) -> None:
-    """Add the graph to a pipeline."""
-    names = pipeline | "parts" >> beam.Create(parts)
+def decided(
+    dataset: Path, manifest: Manifest, policy: str, *, budget: float = 0.15, action: str = "delegate", seed: int = 0
+) -> LabelSet | None:
+    """The label set that `decide` would write, where it is there already: decided so, for the same parts, none lost."""
+    folder = dataset / "labels" / policy
+    try:
+        found = load(folder / POLICY, LabelSet)
+    except (FileNotFoundError, DatasetError):
+        return None
+    asked = (policy, budget if policies.POLICIES[policy].budgeted else None, action, seed, manifest.tokens)
+    if asked != (found.policy, found.budget, found.action, found.seed, found.tokens):
+        return None
+    parts = [(record.name, record.rows, record.tokens) for record in manifest.parts if record.rows]
+    if parts != [(record.name, record.rows, record.tokens) for record in found.parts]:
+        return None
+    written = sizes(folder, "*.parquet")
+    return found if all(written.get(f"{record.name}.parquet") == record.bytes for record in found.parts) else None
+
+
+def build(pipeline: beam.Pipeline, decision: Decision, planned: list[list[str]]) -> None:
+    """Add the graph to a pipeline; the elements are batches of parts."""
+    parts = listed(pipeline, "parts", planned, list)
     start = policies.start(decision.policy, decision.tokens, decision.budget)
     selection = pipeline | "start" >> beam.Create([start])
     passes = policies.PASSES if policies.POLICIES[decision.policy].budgeted else 0
     for number in range(1, passes + 1):
         counts = (
-            names
+            parts
             | f"spread {number}" >> beam.Reshuffle()
             | f"count {number}" >> beam.Map(_count, beam.pvalue.AsSingleton(selection), decision)
             | f"merge {number}" >> beam.CombineGlobally(_Sum())
         )
         selection = selection | f"refine {number}" >> beam.Map(_refine, beam.pvalue.AsSingleton(counts))
-    _ = names | "spread" >> beam.Reshuffle() | "write" >> beam.Map(_write, beam.pvalue.AsSingleton(selection), decision)
+    _ = parts | "spread" >> beam.Reshuffle() | "write" >> beam.Map(_write, beam.pvalue.AsSingleton(selection), decision)
 
 
 class _Sum(beam.CombineFn):
@@ -131,67 +184,80 @@ class _Sum(beam.CombineFn):
         return accumulator
 
 
-def _count(part: str, selection: Selection, decision: Decision) -> Counts:
+def _count(batch: list[str], selection: Selection, decision: Decision) -> Counts:
     if selection.finished:
         return np.zeros(policies.BINS, np.int64)
-    signals = _read(decision.dataset, decision.policy, part)
-    return policies.count(*policies.priorities(decision.policy, *signals, seed=decision.seed), selection)
+    columns = join(_read(decision, batch, ("doc_id", "token_ids", *_SIGNALS)))
+    return policies.count(*policies.priorities(decision.policy, *_signals(columns), seed=decision.seed), selection)
 
 
 def _refine(selection: Selection, counts: Counts) -> Selection:
     return selection if selection.finished else policies.refine(selection, counts)
 
 
-def _write(part: str, selection: Selection, decision: Decision) -> None:
-    """Write one part of the label set, then its record."""
-    signals = _read(decision.dataset, decision.policy, part)
+def _write(batch: list[str], selection: Selection, decision: Decision) -> None:
+    """Write some parts of the label set, then their records."""
+    tables = _read(decision, batch, LABELS.names)
+    columns = join(tables)
+    signals = _signals(columns)
     threshold = selection.threshold if policies.POLICIES[decision.policy].budgeted else policies.EVERYTHING
     label = policies.label(decision.policy, *signals, threshold, decision.action, seed=decision.seed)
     candidates, _ = policies.keys(decision.policy, *signals, seed=decision.seed)
-    present = pq.read_schema(signals_path(decision.dataset, part)).names
-    schema = select(LABELS, present)
-    table = pq.read_table(
-        signals_path(decision.dataset, part), columns=[name for name in schema.names if name != "label"]
-    )
+    scores = policies.scores(decision.policy, signals[0])
+
+    def write(part: str, table: pa.Table, place: tuple[int, int]) -> LabelRecord:
+        of_part = slice(*place)
+        data = _parquet(table, label[of_part])
+        write_atomic(labels_path(decision.dataset, decision.name, part), data)
+        counts = np.bincount(label[of_part], minlength=3)
+        return LabelRecord(
+            name=part,
+            rows=table.num_rows,
+            tokens=len(label[of_part]),
+            candidates=int(candidates[of_part].sum()),
+            delegated=int(counts[DELEGATE]),
+            ignored=int(counts[IGNORE]),
+            lowest=None if scores is None else _lowest(scores[of_part], label[of_part]),
+            bytes=len(data),
+            sha256=sha256(data),
+        )
+
+    places = bounds(columns["token_ids"].offsets.to_numpy(), tables)
+    with ThreadPoolExecutor(WRITERS) as pool:
+        records = list(pool.map(write, batch, tables, places))
+    write_atomic(_record_path(decision, batch), _RECORDS.dump_json(records))
+
+
+def _parquet(table: pa.Table, label: npt.NDArray[np.int8]) -> memoryview:
+    schema = select(LABELS, table.schema.names)
     offsets = table["token_ids"].combine_chunks().offsets
     table = table.append_column("label", pa.ListArray.from_arrays(offsets, pa.array(label)))
-    data = memoryview(to_parquet(table.select(schema.names).cast(schema)))
-    write_atomic(labels_path(decision.dataset, decision.name, part), data)
-    counts = np.bincount(label, minlength=3)
-    record = LabelRecord(
-        name=part,
-        rows=table.num_rows,
-        tokens=len(label),
-        candidates=int(candidates.sum()),
-        delegated=int(counts[DELEGATE]),
-        ignored=int(counts[IGNORE]),
-        lowest=_lowest(decision.policy, signals[0], label),
-        bytes=len(data),
-        sha256=sha256(data),
-    )
-    save(_record_path(decision, part), record)
+    return memoryview(to_parquet(table.select(schema.names).cast(schema)))
 
 
-def _lowest(policy: str, signals: dict[str, Any], label: npt.NDArray[np.int8]) -> float | None:
+def _lowest(scores: npt.NDArray[np.float32], label: npt.NDArray[np.int8]) -> float | None:
     """The lowest score that was chosen: over all parts, the threshold as a user reads it."""
-    score = policies.scores(policy, signals)
-    return None if score is None or not label.any() else float(score[label != 0].min())
+    return float(scores[label != 0].min()) if label.any() else None
 
 
-def _read(
-    dataset: Path, policy: str, part: str
+def _read(decision: Decision, batch: list[str], wanted: Collection[str]) -> list[pa.Table]:
+    """The signals of some parts: the columns that there are of those wanted."""
+    data = read_many([signals_path(decision.dataset, part) for part in batch])
+    return [parse(content, wanted) for content in data]
+
+
+def _signals(
+    columns: Mapping[str, Any],
 ) -> tuple[dict[str, npt.NDArray[Any]], npt.NDArray[np.uint64], npt.NDArray[np.int64]]:
-    """The signals that a policy needs, and for each token its document's hash and its position."""
-    path = signals_path(dataset, part)
-    wanted = {"factual", "ref_nll", "student_nll", "judge"} & set(pq.read_schema(path).names)
-    table = pq.read_table(path, columns=["doc_id", "token_ids", *sorted(wanted)])
-    offsets = table["token_ids"].combine_chunks().offsets.to_numpy()
+    """What policies ask for, and for each token its document's hash and its position."""
+    offsets = columns["token_ids"].offsets.to_numpy()
     lengths = np.diff(offsets)
-    hashes = np.array([policies.document_hash(doc_id) for doc_id in table["doc_id"].to_pylist()], np.uint64)
-    signals = {name: table[name].combine_chunks().values.to_numpy(zero_copy_only=False) for name in sorted(wanted)}
+    hashes = np.array([policies.document_hash(doc_id) for doc_id in columns["doc_id"].to_pylist()], np.uint64)
+    signals = {name: columns[name].values.to_numpy(zero_copy_only=False) for name in _SIGNALS if name in columns}
     position = np.arange(lengths.sum()) - np.repeat(offsets[:-1], lengths)
     return signals, np.repeat(hashes, lengths), position
 
 
-def _record_path(decision: Decision, part: str) -> Path:
-    return decision.folder / RECORDS / f"{part}.json"
+def _record_path(decision: Decision, batch: list[str]) -> Path:
+    """Of the records of a batch."""
+    return decision.folder / RECORDS / f"{batch[0]}.json"

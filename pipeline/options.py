@@ -3,9 +3,11 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, field_validator, model_validator
+
+from schemas.manifest import at
 
 DEFAULT_REFERENCE = "smollm2-135m"
 ROLES = ("reference", "student", "judge")
@@ -17,7 +19,7 @@ class LabelOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     corpus: list[str] = Field(min_length=1)
-    out: Path
+    out: Annotated[Path, PlainValidator(at)]
     tokenizer: str | None = None  # None: the reference's
     reference: str | None = DEFAULT_REFERENCE  # None: no scores, grammar only
     student: str | None = None

@@ -25,6 +25,10 @@ TAGGER_CORES = 8
 DISK_GB = 100  # an image with CUDA and vLLM takes 20 GB, and the model comes beside it
 
 
+class UsageError(Exception):
+    """A command line that cannot be; one line that says what to change."""
+
+
 @dataclass(frozen=True)
 class Machine:
     name: str
@@ -176,33 +180,27 @@ def _environment(cluster: Cluster) -> list[str]:
     return ["--environment_type=DOCKER", f"--environment_config={cluster.image}"] if cluster.image else []
 
 
-def require(cluster: Cluster, options: LabelOptions) -> None:
-    """Refuse what its machines could not do or reach. Raises ValueError."""
-    models = [model for model in (options.reference, options.student, options.judge) if model]
-    if cluster.gpu and options.scorer == "server":
-        raise ValueError("--gpu is for models on the cluster's own machines: leave it out, or --scorer server")
-    if cluster.gpu and not models:
-        raise ValueError("--gpu is for a model, and there is none: leave it out, or name a --reference")
-    if cluster.gpu and options.device == "cpu":
-        raise ValueError("--gpu and --device cpu: leave out one of them")
+def require_reach(cluster: Cluster, options: LabelOptions) -> None:
+    """Refuse what the machines of a cluster cannot do or reach. Raises UsageError."""
     if options.estimate:
-        raise ValueError("--estimate labels its sample on this machine: leave out --on, and see lacy plan")
-    if cluster.on == "dataflow":
-        require_store(cluster, str(options.out))
-        for place in options.corpus:
-            if not _is_url(place):
-                raise ValueError(f"{place} is a path of this machine, which Dataflow's cannot reach: copy it to gs://")
+        raise UsageError("--estimate labels its sample on this machine: leave out --on, and see lacy plan")
+    if cluster.gpu and options.scorer == "server":
+        raise UsageError("--gpu is for models on the cluster's own machines: leave out --gpu, or --scorer server")
+    if cluster.gpu and not (options.reference or options.judge):
+        raise UsageError("--gpu is for a model, and there is none: leave it out, or name a --reference")
+    if cluster.gpu and options.device == "cpu":
+        raise UsageError("--gpu and --device cpu: leave out one of them")
+    require_store(cluster, str(options.out))
+    here = [place for place in options.corpus if "://" not in place]
+    if cluster.on == "dataflow" and here:
+        raise UsageError(f"{here[0]} is on this machine, which Dataflow's cannot reach: copy it to gs://")
 
 
 def require_store(cluster: Cluster, out: str) -> None:
-    if cluster.on == "dataflow" and not _is_url(out):
-        raise ValueError(f"{out} is a path of this machine, which Dataflow's cannot reach: name a gs:// URL")
+    if cluster.on == "dataflow" and "://" not in out:
+        raise UsageError(f"{out} is on this machine, which Dataflow's cannot reach: name a dataset on gs://")
     if cluster.on == "dataflow" and not out.startswith("gs://") and not cluster.temp_location:
-        raise ValueError("--on dataflow needs --temp-location gs://..., as the dataset is not on gs://")
-
-
-def _is_url(place: str) -> bool:
-    return "://" in place
+        raise UsageError("--on dataflow needs --temp-location gs://..., where the dataset is not on gs://")
 
 
 def _flag(name: str) -> str:
