@@ -169,7 +169,7 @@ class _Write(beam.DoFn):
         spool.discard(self._dataset, part.range)
         seconds = part.seconds | {"write": time.monotonic() - started}
         cost = PartCost(part.range.end - part.range.start, record.rows, record.tokens, seconds)
-        self._heartbeat.finished(cost, record.bad)
+        self._heartbeat.finished(record.name, cost, part.bad)
         yield record
 
 

@@ -1,17 +1,42 @@
-"""How a local run sees what its workers do: each keeps a small file of counters, the launcher adds them up.
+"""What the workers of a run tell of their work.
 
-Beam's own metrics arrive from a local runner only when a stage ends, which is when the run does.
+On any runner: Beam's metrics, in the namespace NAMESPACE, and for each finished part a line of JSON in the log. On
+this machine besides, where Beam's metrics arrive only when the run ends: each worker keeps a small file of counters,
+which the launcher adds up. Neither a name nor a line holds a word of a document.
 """
 
 import json
+import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from apache_beam.metrics import Metrics
+
+from pipeline.readers import Bad
+
+log = logging.getLogger(__name__)
+
+NAMESPACE = "lacy"
 INTERVAL = 0.5
+REASONS = {  # why a record is bad: what the reason has in it, and the name of its counter
+    "not JSON": "not_json",
+    "not an object": "not_an_object",
+    "UTF-8": "not_utf8",
+    "Unicode": "not_utf8",
+    "longer than": "too_long",
+    "stream breaks off": "broken_stream",
+    "cannot read": "unreadable",
+    "no text": "no_text",
+    "text is empty": "empty",
+    "text is": "text_of_another_type",
+    "id is": "bad_id",
+    "id occurs before": "duplicate",
+    "engine dies of it": "kills_engine",
+}
 
 
 @dataclass
@@ -63,15 +88,19 @@ class Heartbeat:
 
     def restarted(self) -> None:
         """An engine died and was started again."""
+        _count("engine_restarts", 1)
+        log.warning(json.dumps({"event": "engine restarted"}))
         self._change(lambda counts: setattr(counts, "restarts", counts.restarts + 1), now=True)
 
-    def finished(self, cost: PartCost, bad: int) -> None:
-        """The part in hand is on disk."""
+    def finished(self, part: str, cost: PartCost, bad: Sequence[Bad]) -> None:
+        """The part in hand is on disk, and so are its bad records."""
+        _measure(cost, bad)
+        log.info(json.dumps({"event": "part finished", "part": part, "bad": len(bad)} | asdict(cost)))
 
         def change(counts: Counts) -> None:
             counts.documents += cost.documents
             counts.tokens += cost.tokens
-            counts.bad += bad
+            counts.bad += len(bad)
             counts.bytes += cost.bytes
             counts.parts += 1
             counts.scored = 0
@@ -93,6 +122,27 @@ class Heartbeat:
                 temporary = path.with_suffix(".new")
                 temporary.write_text(json.dumps(asdict(state.counts)))
                 temporary.replace(path)
+
+
+def reason_of(letter: Bad) -> str:
+    """Of a few names, the one for why a record is bad."""
+    return next((name for words, name in REASONS.items() if words in letter.reason), "other")
+
+
+def _measure(cost: PartCost, bad: Sequence[Bad]) -> None:
+    for name in ("documents", "tokens", "bytes"):
+        _count(name, getattr(cost, name))
+    _count("parts", 1)
+    for letter in bad:
+        _count(f"bad_{reason_of(letter)}", 1)
+    for stage, seconds in cost.seconds.items():
+        Metrics.distribution(NAMESPACE, f"{stage}_milliseconds").update(round(1000 * seconds))
+        if seconds and cost.tokens:
+            Metrics.distribution(NAMESPACE, f"{stage}_tokens_per_second").update(round(cost.tokens / seconds))
+
+
+def _count(name: str, value: int) -> None:
+    Metrics.counter(NAMESPACE, name).inc(value)
 
 
 def total(folder: Path) -> Counts:
