@@ -255,6 +255,22 @@ def decide(
         run_decide(dataset, policy, budget, action, name, seed, workers, cluster, _beam_options)
 
 
+@app.command(epilog="Example:  lacy status labelled   lacy status gs://bucket/labelled --watch 60")
+def status(
+    dataset: Readable,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    watch: Annotated[
+        float | None, typer.Option(min=1, metavar="SECONDS", help="Look again and again until it is complete.")
+    ] = None,
+) -> None:
+    """How far a run is, on any runner: parts, tokens, bad records, pace, time left, label sets."""
+    with known_errors():
+        quiet(1)
+        from lacy.commands import run_status
+
+        run_status(dataset, json, watch)
+
+
 @app.command(epilog="Example:  lacy check labelled   lacy check s3://bucket/labelled --quick")
 def check(
     dataset: Readable,

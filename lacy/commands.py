@@ -53,7 +53,7 @@ def run_label(
     debug: bool,
 ) -> None:
     from labelers.policies import require
-    from pipeline.decide import decide
+    from pipeline.decide import decide, decided
     from pipeline.label import annotate
 
     have = {role: getattr(options, role) is not None for role in ("reference", "student", "judge")}
@@ -77,6 +77,10 @@ def run_label(
         console.print("lacy status tells how far it is; the same command finishes it")
         return
     _tell_annotated(console, manifest, time.monotonic() - started, view.scored, options.out)
+    if found := decided(options.out, manifest, policy, budget=budget, action=action, seed=seed):
+        console.print(f"labels/{found.name} is there already: decided so, for the same parts")
+        _tell_decided(console, found)
+        return
     on_cluster = _options_of(cluster, "decide", options.out, beam_options)
     labels = decide(options.out, policy, budget=budget, action=action, seed=seed, beam_options=on_cluster)
     _tell_decided(console, labels)
@@ -120,6 +124,27 @@ def run_decide(
         beam_options=_options_of(cluster, "decide", dataset, beam_options),
     )
     _tell_decided(console_for_messages(), labels)
+
+
+def run_status(dataset: str, as_json: bool, watch: float | None) -> None:
+    from pipeline.status import status
+    from schemas.manifest import at
+
+    console, place = Console(highlight=False, soft_wrap=True), at(dataset)
+    known: dict[str, Any] = {}
+    while True:
+        found = status(place, known)
+        if as_json:
+            print(found.model_dump_json(indent=None if watch else 1), flush=True)
+        elif watch and not console.is_terminal:
+            print(_status_line(found), flush=True)
+        else:
+            if watch:
+                console.clear()
+            _tell_status(console, found)
+        if not watch or found.state == "complete":
+            return
+        time.sleep(watch)
 
 
 def run_check(dataset: str, quick: bool, workers: int) -> int:
@@ -268,6 +293,57 @@ def _hours(value: float) -> str:
 def console_for_messages() -> Console:
     """For messages: on stderr, as they stand, not broken into lines where there is no terminal."""
     return Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+
+
+def _tell_status(console: Console, found: Any) -> None:
+    if found.state == "none":
+        console.print(f"{found.dataset}: no run has begun here: there is no manifest.json")
+        return
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_row("state", found.state + (f", {found.share:.1%} done" if found.state == "running" else ""))
+    table.add_row("parts", _parts_of(found))
+    table.add_row("documents", f"{found.documents:,}")
+    table.add_row("tokens", f"{found.tokens:,}")
+    table.add_row("bad records", f"{found.bad:,}")
+    table.add_row("corpus", f"{_bytes(found.corpus_bytes_done)} of {_bytes(found.corpus_bytes)}")
+    if found.state == "running":
+        last = "none yet" if found.last_part is None else f"{_span(max(0.0, time.time() - found.last_part))} ago"
+        table.add_row("last part", last)
+        table.add_row("pace", _pace_of(found))
+    for labels in found.labels:
+        budget = "" if labels.budget is None else f", budget {labels.budget:.1%}"
+        what = (
+            f"{labels.policy}{budget}, {labels.share:.2%} chosen" if labels.policy else "being written, or broken off"
+        )
+        missing = "" if labels.complete or not labels.policy else f", {labels.parts:,} parts: run lacy decide again"
+        table.add_row(f"labels/{labels.name}", what + missing)
+    console.print(found.dataset, style="bold")
+    console.print(table)
+    for line in found.stuck:
+        console.print(line, style="yellow")
+
+
+def _status_line(found: Any) -> str:
+    if found.state == "none":
+        return f"{found.dataset}: no run has begun here"
+    done = f"{found.share:.1%} done, " if found.state == "running" else ""
+    told = [f"{found.state}, {done}{_parts_of(found)} parts, {found.tokens:,} tokens, {found.bad:,} bad"]
+    if found.state == "running":
+        told += [_pace_of(found), *found.stuck]
+    return "; ".join(told)
+
+
+def _parts_of(found: Any) -> str:
+    planned = "" if found.parts_planned is None else f" of {found.parts_planned:,}"
+    files = "file" if found.uncut == 1 else "files"
+    return f"{found.parts:,}{planned}" + (f", and of {found.uncut:,} compressed {files} to cut" if found.uncut else "")
+
+
+def _pace_of(found: Any) -> str:
+    if found.parts_per_second is None:
+        return "not known yet"
+    left = f", {_span(found.seconds_left)} left" if found.seconds_left else ""
+    return f"{found.parts_per_second:,.2f} parts/s, {found.tokens_per_second:,.0f} tokens/s{left}"
 
 
 def _tell_annotated(console: Console, manifest: Manifest, seconds: float, scored: int, out: Path) -> None:

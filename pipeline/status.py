@@ -192,7 +192,7 @@ def _damaged(names: list[str]) -> Iterator[str]:
 def _still(times: list[float], begun: float, now: float, left: list[Range], *, whole: bool) -> Iterator[str]:
     """Lines about a run that stands still. times: when its parts were finished, sorted"""
     if whole:
-        yield "all parts are measured: the same lacy label command completes the dataset"
+        yield "all parts are measured: if the run has ended, the same lacy label command completes the dataset"
         return
     usual = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 0.0
     quiet = now - (times[-1] if times else begun)
