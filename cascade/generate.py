@@ -30,6 +30,7 @@ from cascade.vocabulary import Writing, incomplete
 
 BUDGET = 0.22  # the paper's
 NEW_TEXTS = 8  # read side by side: the logits of their warm-up are large
+MOST_MISSED = 0.01  # of the calls, in an evaluation
 PROMPT, SLM, PARTNER = range(3)  # authors
 _SCORES = ("margin", "uncertainty", "score")
 Finish = Literal["end", "length", "context"]
@@ -200,6 +201,14 @@ def generate(
                 yield _generation(model, text)
         texts = [text for text in texts if not text.finish]
         free.sort()
+
+
+def require_answered(texts: Sequence[Generation]) -> None:
+    """Raises CascadeError where more than MOST_MISSED of the calls were in vain: that measures no cascade."""
+    calls, missed = sum(text.calls for text in texts), sum(text.missed for text in texts)
+    if missed > MOST_MISSED * calls:
+        reason = next(text.failure for text in texts if text.failure)
+        raise CascadeError(f"{missed:,} of {calls:,} calls in vain ({reason}): the same command measures anew")
 
 
 def _begin(model: Model, index: int, prompt: str, slot: int, options: Options) -> _Text:

@@ -36,6 +36,11 @@ class PartnerOptions(BaseModel):
     partner_timeout: float = Field(30.0, gt=0)
     trust_remote_code: bool = False
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the answers depend on."""
+        return self.model_dump(exclude={"partner_timeout", "trust_remote_code"})
+
 
 def run_generate(
     run: str,
@@ -109,7 +114,13 @@ def run_leakage(
     model, generating = _model(str(run), place, how, who.partner != "none")
     with _partner(model, who, generating) as partner, _Count("containment" if partner else "leakage") as count:
         found = leakage.evaluate(
-            model, partner, leakage.Options(**options), generating, again=again, tell=lambda d, n: count(d, n)
+            model,
+            partner,
+            leakage.Options(**options),
+            generating,
+            identity=who.identity,
+            again=again,
+            tell=lambda d, n: count(d, n),
         )
     table = _figures(f"{found.kind}, {found.options['documents']} documents")
     table.add_row("facts asked for", f"{found.figures['pairs']:,.0f}")
@@ -157,17 +168,17 @@ def run_factscore(
         "splitter": chats["splitter"],
         "judge": chats["judge"],
         "prompts": {name: factscore.prompt(name).sha256 for name in ("split", "verify")},
-        "partner": who.partner,
+        **who.identity,
         "generating": generating.model_dump(exclude={"batch"}),
         **settings.model_dump(exclude={"batch"}),
     }
     saved = None if again else results.read(folder, "factscore")
     if saved is None or saved[0].options != asked:
-        texts = _texts(model, who, generating, names, template, folder / "factscore.texts.json")
         with _Count("passages") as count:
             source = open_knowledge(
                 knowledge, index or folder.parent / "knowledge", tell=lambda n, total: count(n, total)
             )
+        texts, calls = _texts(model, who, generating, names, template, folder / "factscore.texts.json")
         remembered = folder / "factscore.answers.jsonl"
 
         def chat(role: str) -> Remembering:
@@ -192,7 +203,7 @@ def run_factscore(
             kind="factscore",
             checkpoint=model.folder.name,
             options=asked,
-            figures=summary.figures.model_dump(),
+            figures=summary.figures.model_dump() | calls,
             details={"judgements": [judgement.model_dump() for judgement in summary.judgements], "texts": texts},
         )
         results.save(folder, found, pa.Table.from_pylist([item.model_dump() for item in summary.items]))
@@ -200,30 +211,38 @@ def run_factscore(
         found = saved[0]
     table = _figures("factscore")
     for name, value in found.figures.items():
-        is_share = name in ("score", "init_score", "responded")
+        is_share = name in ("score", "init_score", "responded", "called")
         table.add_row(
             name.replace("_", " "), _percent(value) if is_share else "none" if value is None else f"{value:,.4g}"
         )
     _show(found, as_json, table)
 
 
-def _texts(model: Any, who: PartnerOptions, options: Any, names: list[str], template: str, kept: Path) -> list[str]:
-    """What the cascade writes about each entity; kept, as a judge may fail after hours of writing."""
-    from cascade.generate import generate
+def _texts(
+    model: Any, who: PartnerOptions, options: Any, names: list[str], template: str, kept: Path
+) -> tuple[list[str], dict[str, float]]:
+    """What the cascade writes about each entity, and how it called; kept, as a judge may fail after hours of it."""
+    from cascade.generate import generate, require_answered
 
     prompts = [template.replace("{}", name) for name in names]
-    asked = {"prompts": prompts, "who": who.model_dump(), "how": options.model_dump(exclude={"batch"})}
+    asked = {"prompts": prompts, "who": who.identity, "how": options.model_dump(exclude={"batch"})}
     try:
         before = json.loads(kept.read_bytes())
         if before["asked"] == asked:
-            return [str(text) for text in before["texts"]]
+            return before["texts"], before["calls"]
     except (OSError, ValueError, LookupError, TypeError):
         pass  # none yet, or not whole
     with _partner(model, who, options) as partner:
         written = list(_counted(generate(model, prompts, partner, options), len(prompts), "generate"))
+    require_answered(written)
     texts = [text.text for text in sorted(written, key=lambda text: text.index)]
-    write_atomic(kept, json.dumps({"asked": asked, "texts": texts}).encode())
-    return texts
+    positions = sum(text.positions for text in written)
+    calls = {
+        "called": sum(text.calls for text in written) / max(1, positions),
+        "missed": float(sum(text.missed for text in written)),
+    }
+    write_atomic(kept, json.dumps({"asked": asked, "texts": texts, "calls": calls}).encode())
+    return texts, calls
 
 
 def _identity(source: Path) -> list[Any]:

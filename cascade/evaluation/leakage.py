@@ -8,7 +8,7 @@ facts that come out when <CALL> is forbidden); asked on documents that it was tr
 
 import re
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, Final, Literal
@@ -66,15 +66,18 @@ def evaluate(
     options: Options,
     generating: generation.Options,
     *,
+    identity: Mapping[str, Any] | None = None,
     again: bool = False,
     tell: Callable[[int, int], None] | None = None,
 ) -> Result:
     """Continue the prefixes and look for the values; save the result, and return it, or the one saved before.
 
     generating  how calls are decided; its length is set by `options`
+    identity    what else tells this partner's answers from others; None: its name
     tell        hears how many of how many prefixes are done
 
-    Raises CascadeError where there are no such facts, and DatasetError for a dataset that cannot be read.
+    Raises CascadeError where there are no such facts, or the partner does not answer, and DatasetError for a dataset
+    that cannot be read.
     """
     kind = "leakage" if partner is None else "containment"
     settled, labels = delegation.settle(
@@ -87,7 +90,8 @@ def evaluate(
     generating = generating.model_copy(update={"max_new_tokens": options.new_tokens})
     asked = options.model_dump() | {"fingerprint": labels.fingerprint}
     if partner is not None:
-        asked |= {"partner": partner.name} | generating.model_dump(exclude={"batch", "max_new_tokens"})
+        asked |= {"partner": partner.name, **(identity or {})}
+        asked |= generating.model_dump(exclude={"batch", "max_new_tokens"})
     folder = results_folder(model.folder)
     if not again and (saved := results.read(folder, kind)) is not None and saved[0].options == asked:
         return saved[0]
@@ -100,6 +104,7 @@ def evaluate(
         if tell:
             tell(done, len(pairs))
     found = [(pair, text) for pair, text in zip(pairs, written, strict=True) if text is not None]
+    generation.require_answered([text for _, text in found])
     contained = np.array([contains(text.text, pair.value) for pair, text in found])
     units = pa.table(
         {

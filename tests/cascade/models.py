@@ -26,6 +26,14 @@ def byte_level(size: int, seed: int = 9) -> Tokenizer:
 
 
 @cache
+def composed(size: int, seed: int = 9) -> Tokenizer:
+    """As Qwen's: bytes, of text in Unicode's composed form."""
+    tokenizer = Tokenizer.from_str(byte_level(size, seed).to_str())
+    tokenizer.normalizer = normalizers.NFC()
+    return tokenizer
+
+
+@cache
 def sentencepiece(size: int, seed: int = 9) -> Tokenizer:
     """As Llama 2's: a space in front of a text, byte pieces for characters that it has not seen."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))

@@ -1,12 +1,16 @@
 """Models and servers for the tests of partners: real ones, made small.
 
-python -m tests.cascade.serving          a server of completions that says " 17." to everything, on a free port
+python -m tests.cascade.serving [N]      a server of completions that says " 17." to everything, on a free port;
+                                         when N texts have been continued, the next one kills it
 """
 
+import itertools
+import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -76,10 +80,25 @@ def answered(text: Any, finish: str = "length", tokens: int = 1) -> dict[str, An
     return {"object": "text_completion", "choices": [choice], "usage": {"completion_tokens": tokens}}
 
 
+def mortal(texts: int) -> Callable[[str, Any], tuple[int, Any]]:
+    """`completion` that kills its own process while it is asked for more than so many texts, slowly."""
+    count = itertools.count(1)
+
+    def answer(path: str, body: Any) -> tuple[int, Any]:
+        if body is not None:
+            time.sleep(0.01)  # so that those beside it are in the works
+            if next(count) > texts:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return completion(path, body)
+
+    return answer
+
+
 @contextmanager
-def server_process() -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """The base URL of a server in a process of its own, and the process."""
-    process = subprocess.Popen([sys.executable, "-m", __name__], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+def server_process(texts: int | None = None) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """The base URL of a server in a process of its own, and the process; it dies after so many texts."""
+    command = [sys.executable, "-m", __name__, *([] if texts is None else [str(texts)])]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:
         yield process.stdout.readline().strip(), process
@@ -90,6 +109,6 @@ def server_process() -> Iterator[tuple[str, subprocess.Popen[str]]]:
 
 
 if __name__ == "__main__":
-    with FaultyProxy(completion) as proxy:
+    with FaultyProxy(mortal(int(sys.argv[1])) if sys.argv[1:] else completion) as proxy:
         print(proxy.url, flush=True)
         signal.pause()

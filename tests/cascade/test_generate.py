@@ -6,11 +6,15 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
+from cascade.calls import CALL_SCORES, WINDOW
 from cascade.errors import CascadeError
 from cascade.generate import Options, Piece, generate
 from cascade.partners import Amount, Answer, InProcess, Patient, Sampling
 from tests.cascade import models
+from tests.cascade.texts import TEXT
 
 SMALL, LARGE = models.byte_level(600), models.byte_level(900, seed=2)
 PROMPTS = [
@@ -21,7 +25,6 @@ PROMPTS = [
     "Some people say that the weather in Turin \u2013 \u5317\u4eac",
     "x",
 ]
-BUDGETS = [0.0, 0.1, 0.22, 0.5, 1.0]
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +40,31 @@ def slm(folder):
 @pytest.fixture(scope="module")
 def large(folder):
     return models.opened(folder / "large", LARGE, models.llama(LARGE, 2, context=512))
+
+
+KINDS = {"bytes": SMALL, "pieces": models.sentencepiece(700), "composed": models.composed(600)}
+
+
+@pytest.fixture(scope="module")
+def writers(folder):
+    return {name: models.opened(folder / name, kind, models.gpt2(kind, 1)) for name, kind in KINDS.items()}
+
+
+@pytest.fixture(scope="module")
+def alone(slm):
+    return run(slm, None, Options(max_new_tokens=40))
+
+
+@pytest.fixture(scope="module")
+def copies(folder):
+    """A model, the same with other ids, and what they write."""
+    network = models.only_words(models.gpt2(SMALL, 3), SMALL)
+    order = models.shuffled(SMALL.get_vocab_size(), 4)
+    ours = models.opened(folder / "words", SMALL, network)
+    theirs = models.opened(folder / "copy", models.permuted(SMALL, order), models.renumbered(network, order))
+    written = run(ours, None, Options(max_new_tokens=40))
+    assert len(set(" ".join(text.text for text in written).split())) > 20
+    return ours, theirs, written
 
 
 def run(model, partner, options, prompts=PROMPTS, **more):
@@ -70,31 +98,38 @@ def test_alone_it_is_greedy_decoding(slm):
         assert {token.by for token in text.tokens} == {"slm"} and text.calls == 0
 
 
-@pytest.mark.parametrize("budget", BUDGETS)
-def test_a_copy_as_partner_changes_nothing(slm, budget):
-    options = Options(max_new_tokens=40, budget=budget, batch=4)
-    alone = run(slm, None, options)
+ANY_RULE = given(
+    budget=st.floats(0, 1), score=st.sampled_from(CALL_SCORES), weight=st.floats(0, 50), batch=st.integers(1, 7)
+)
+
+
+@settings(max_examples=12, deadline=None)
+@ANY_RULE
+@example(budget=0.0, score="margin", weight=0.0, batch=4)
+@example(budget=0.22, score="margin", weight=0.0, batch=4)
+@example(budget=1.0, score="margin", weight=0.0, batch=4)
+def test_a_copy_as_partner_changes_nothing(slm, alone, budget, score, weight, batch):
+    options = Options(max_new_tokens=40, budget=budget, call_score=score, weight=weight, batch=batch)
     found = run(slm, in_process(slm, slm, options), options)
     assert [text.text for text in found] == [text.text for text in alone]
     assert [[t.id for t in text.tokens] for text in found] == [[t.id for t in text.tokens] for text in alone]
     assert all(text.calls == (text.positions if budget == 1 else 0) for text in found if budget in (0, 1))
 
 
-@pytest.mark.parametrize("budget", BUDGETS)
-def test_a_copy_with_another_tokenizer_changes_nothing(folder, budget):
+@settings(max_examples=12, deadline=None)
+@ANY_RULE
+@example(budget=0.0, score="margin", weight=0.0, batch=4)
+@example(budget=0.22, score="margin", weight=0.0, batch=4)
+@example(budget=1.0, score="margin", weight=0.0, batch=4)
+def test_a_copy_with_another_tokenizer_changes_nothing(copies, budget, score, weight, batch):
     """What it writes is cut as it was written; ids differ, so characters cross."""
-    network = models.only_words(models.gpt2(SMALL, 3), SMALL)
-    order = models.shuffled(SMALL.get_vocab_size(), 4)
-    ours = models.opened(folder / f"words{budget}", SMALL, network)
-    theirs = models.opened(folder / f"copy{budget}", models.permuted(SMALL, order), models.renumbered(network, order))
-    options = Options(max_new_tokens=40, budget=budget, batch=4)
+    ours, theirs, alone = copies
+    options = Options(max_new_tokens=40, budget=budget, call_score=score, weight=weight, batch=batch)
     partner = in_process(theirs, ours, options)
     assert not partner.by_ids
-    alone = run(ours, None, options)
-    assert len(set(" ".join(text.text for text in alone).split())) > 20
     found = run(ours, partner, options)
     assert [text.text for text in found] == [text.text for text in alone]
-    assert sum(text.calls for text in found) > 0 or budget == 0
+    assert sum(text.calls for text in found) > 0 or budget < 0.1
 
 
 def test_a_budget_of_one_is_the_partner_alone(folder, slm):
@@ -142,12 +177,16 @@ def test_the_budget_is_held_on_200_prompts(slm, large, budget, score):
     words = " ".join(PROMPTS).split()
     prompts = [" ".join(random.choice(words, random.integers(1, 12))) for _ in range(200)]
     options = Options(max_new_tokens=72, budget=budget, call_score=score, batch=200)
-    made = called = 0
+    made = called = late = late_called = 0
     for text in generate(slm, prompts, in_process(large, slm, options), options):
         made += text.positions
         called += text.calls
-    assert made > 5000
+        decided = [token.called for token in text.tokens if token.score is not None][WINDOW:]
+        late += len(decided)
+        late_called += sum(decided)
+    assert late > 5000
     assert called / made == pytest.approx(budget, abs=0.02)
+    assert late_called / late == pytest.approx(budget, abs=0.02)
 
 
 class Scripted:
@@ -166,6 +205,26 @@ class Scripted:
 
     def close(self):
         pass
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=25, deadline=None)
+@given(
+    prompt=TEXT, answers=st.lists(TEXT.filter(bool), min_size=1, max_size=4), budget=st.sampled_from([0.3, 0.7, 1.0])
+)
+@example(prompt="born in 19", answers=["45", "."], budget=0.7)
+@example(prompt="", answers=[" Odra", "\u0301"], budget=0.7)
+def test_text_in_is_text_out(writers, kind, prompt, answers, budget):
+    """Whatever a partner says stands in the text where it was asked, and no character before it changes."""
+    partner = Scripted(*(Answer(text=text, tokens=1) for text in answers))
+    told = []
+    options = Options(max_new_tokens=10, budget=budget, call_score="uncertainty")
+    [text] = run(writers[kind], partner, options, [prompt], on_piece=lambda piece: told.append(piece.text))
+    whole = prompt + text.text
+    assert "".join(told) == text.text
+    assert len(partner.heard) == text.calls > 0
+    for number, heard in enumerate(partner.heard):
+        assert whole.startswith(heard + answers[number % len(answers)])
 
 
 def test_who_wrote_what(slm):

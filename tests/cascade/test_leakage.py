@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from cascade import generate as generation
 from cascade.errors import CascadeError
 from cascade.evaluation import results
 from cascade.evaluation.leakage import LEAST_BEFORE, LONGEST, Options, Pair, contains, evaluate, find_pairs
@@ -218,7 +219,8 @@ def by_kind(pair: Pair) -> Answer:
     return {"GPE": true(pair), "DATE": wrong}.get(pair.kind) or Answer(failure="no number")
 
 
-def test_figures_are_those_counted_by_hand(corpus, slm) -> None:
+def test_figures_are_those_counted_by_hand(corpus, slm, monkeypatch) -> None:
+    monkeypatch.setattr(generation, "MOST_MISSED", 1.0)
     options = Options(dataset=str(corpus.root), holdout=0.4, new_tokens=5)
     pairs = find_pairs(corpus, options.model_copy(update={"documents": "held-out"}), slm.context)
     partner = Scripted(pairs, by_kind)
@@ -256,7 +258,17 @@ def test_the_partner_is_always_right(corpus, slm) -> None:
     assert silent.figures == {"contained": 0.0, "called": 0.0, "missed": 0.0, "pairs": 9.0}
 
 
-def test_a_result_is_used_again(tmp_path, corpus) -> None:
+def test_a_partner_that_does_not_answer_is_no_result(tmp_path, corpus) -> None:
+    slm = models.opened(tmp_path / "slm", TOKENIZER, models.gpt2(TOKENIZER, 1))
+    options = Options(dataset=str(corpus.root), holdout=0.4, documents="trained", pairs=9)
+    partner = Scripted(find_pairs(corpus, options, slm.context), by_kind)
+    with pytest.raises(CascadeError, match=r"^\d+ of \d+ calls in vain \(no number\): the same command measures anew$"):
+        evaluate(slm, partner, options, Generating(budget=1.0))
+    assert results.read(slm.folder / "eval", "containment") is None
+
+
+def test_a_result_is_used_again(tmp_path, corpus, monkeypatch) -> None:
+    monkeypatch.setattr(generation, "MOST_MISSED", 1.0)
     slm = models.opened(tmp_path / "slm", TOKENIZER, models.only_words(models.gpt2(TOKENIZER, 1), TOKENIZER))
     options = Options(dataset=str(corpus.root), holdout=0.4, pairs=6, new_tokens=4)
     asked = options.model_copy(update={"documents": "held-out"})
@@ -271,8 +283,10 @@ def test_a_result_is_used_again(tmp_path, corpus) -> None:
     assert evaluate(slm, partner, options, Generating(budget=1.0, batch=2)) == found and len(partner.asked) == count
     assert evaluate(slm, partner, options, Generating(budget=1.0), again=True) == found
     assert len(partner.asked) == 2 * count
+    evaluate(slm, partner, options, Generating(budget=1.0), identity={"partner_words": 2})
+    assert len(partner.asked) == 3 * count
     evaluate(slm, partner, options.model_copy(update={"new_tokens": 5}), Generating(budget=1.0))
-    assert len(partner.asked) > 3 * count
+    assert len(partner.asked) > 4 * count
     leaked = evaluate(slm, None, options, Generating(batch=2))
     assert leaked.kind == "leakage" and leaked.options["documents"] == "trained"
     assert evaluate(slm, None, options, Generating(budget=0.5, temperature=2.0)) == leaked, "no partner, no options"

@@ -545,12 +545,16 @@ def check_killed(found: list[Generation], told: list[Piece], prompts: list[str],
     assert len(prompts) - len(started_before) >= 4
 
 
-def test_a_batch_ends_when_its_server_is_killed(small: Model) -> None:
+@pytest.mark.parametrize("texts", [None, 19, 22], ids=["between two steps", "as it answers", "a little later"])
+def test_a_batch_ends_when_its_server_is_killed(small: Model, texts: int | None) -> None:
     prompts = [f"Odra Venn kept {number} geese" for number in range(16)]
-    with server_process() as (url, process):
+    with server_process(texts) as (url, process):
         partner = Server(url, None, small.vocabulary, Amount(), GREEDY, timeout=5)
-        found, told = generated_until_killed(small, partner, prompts, 40, lambda: (process.kill(), process.wait()))
+        kill = process.kill if texts is None else lambda: None
+        found, told = generated_until_killed(small, partner, prompts, 40, lambda: (kill(), texts or process.wait()))
         partner.close()
+        assert process.wait(10) == -signal.SIGKILL
+    assert texts is None or sum(generation.calls - generation.missed for generation in found) <= texts
     check_killed(found, told, prompts, url)
     for generation in found:
         assert generation.partner_tokens == generation.calls - generation.missed

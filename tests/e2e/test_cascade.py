@@ -15,7 +15,7 @@ import yaml
 
 from tests.cascade import models
 from tests.cascade.datasets import BEGIN, labelled, marked, tale
-from tests.cascade.serving import answered
+from tests.cascade.serving import answered, server_process
 from tests.conftest import run_lacy
 from tests.labelers.faulty_proxy import FaultyProxy
 from tests.pipeline import corpora
@@ -121,6 +121,28 @@ def test_a_server_as_partner_and_jsonl(run, lacy, oracle, tmp_path):
     told = lacy(*asked, "--budget", 1, "--partner-timeout", 5)
     born = "born in Port 3 Hale in 1703. She had 103"
     assert told.stdout.startswith(f"{PROMPT} {born}") and "(100.0%)" in told.stderr
+
+
+def test_a_server_that_is_killed_in_the_middle(run, lacy, tmp_path):
+    (tmp_path / "prompts.txt").write_text("".join(f"{BEGIN} Odra Venn the {number}\n" for number in range(6)))
+    asked = ["--prompts", tmp_path / "prompts.txt", "--budget", 0.5, "--new-tokens", 24, "--batch", 2]
+    with server_process(9) as (url, _):
+        found = texts(lacy("generate", run, *asked, "--partner", url, "--format", "jsonl"))
+    assert [text["index"] for text in found] == list(range(6)) and sum(text["missed"] for text in found) > 20
+    assert 5 <= sum(text["calls"] - text["missed"] for text in found) <= 9
+    for text in found:
+        missed = [token for token in text["tokens"] if token["missed"]]
+        assert len(missed) == text["missed"] > 0 and url in text["failure"]
+        assert all(token["called"] and token["by"] == "slm" for token in missed)
+    with server_process(9) as (url, _):
+        told = lacy("generate", run, *asked, "--partner", url)
+    assert told.returncode == 0
+    assert len(re.findall(rf"text \d: .*; \d+ missed \({url}: .+\); ", told.stderr)) == 6
+    with server_process(9) as (url, _):
+        failed = lacy("eval", "leakage", run, "--pairs", 12, "--partner", url, "--budget", 0.5)
+    assert failed.returncode == 1 and failed.stderr.count("\n") == 1
+    assert re.match(rf"lacy: \d+ of \d+ calls in vain \({url}: .*\): the same command measures anew", failed.stderr)
+    assert not (run / "eval").exists()
 
 
 def test_a_model_as_partner_and_html(run, lacy, partner, tmp_path):
@@ -293,6 +315,10 @@ def test_factscore(run, lacy, oracle, tmp_path):
         penalised = result(lacy(*asked, "--again", "--json"))
         assert penalised["figures"]["init_score"] == figures["init_score"] > penalised["figures"]["score"]
         assert len(judge.requests) == first, "its answers are kept"
+        assert (penalised["figures"]["called"], penalised["figures"]["missed"]) == (1, 0)
+        assert len(oracle.requests) == written, "the texts are kept"
+        result(lacy(*asked, "--partner-words", 2, "--json"))
+        assert len(oracle.requests) > written, "another partner"
     told = lacy(*asked)
     assert told.returncode == 0 and re.search(r"facts +4 ", told.stdout)
 
