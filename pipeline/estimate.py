@@ -88,9 +88,9 @@ def estimate(
         total = sum(size.mean() for size in sizes.values())
         pieces = list(_sample(files, sizes, piece, dataset, seed))
         options = options.model_copy(update={"out": dataset, "part_bytes": piece})
-        manifest = begin(options, files, tokenizer, specs)
+        begin(options, files, tokenizer, specs)
         costs = measure(options, list(pieces), dataset, specs, None, on_start, on_progress, debug) or []
-        finish(dataset, manifest, max_bad=1.0)
+        finish(dataset, max_bad=1.0)
         decide(dataset, policy, budget=budget)
         signals, labels = (_bytes_per_token(dataset / kind) for kind in ("signals", f"labels/{policy}"))
     return _extrapolate(

@@ -8,37 +8,46 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import json
-import os
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import duckdb
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
 from labelers import GRAMMAR_VERSION, models, tokenize
 from labelers import reference as reference_scores
-from pipeline import local, spool
-from pipeline.heartbeat import Counts, PartCost
+from pipeline import local, spool, submit
+from pipeline.duplicates import duplicates
+from pipeline.heartbeat import Counts, Heartbeat, PartCost
 from pipeline.options import Backend, LabelOptions, ModelSpec
+from pipeline.presets import Cluster
 from pipeline.readers import Bad, read
 from pipeline.sources import CorpusError, Range, Stream, default_part_bytes, find_files, plan
 from pipeline.write import write_part
-from schemas.files import remove_temporary
+from schemas.files import (
+    folders,
+    is_remote,
+    read_bytes,
+    read_many,
+    remove,
+    remove_temporary,
+    remove_tree,
+    sizes,
+)
 from schemas.manifest import (
+    RECORDS,
     CorpusFile,
     DatasetError,
     Manifest,
     PartRecord,
     deadletter_path,
-    load,
+    parse,
     read_manifest,
-    record_path,
     save,
     signals_path,
 )
@@ -59,32 +68,47 @@ class Outlook:
 def annotate(
     options: LabelOptions,
     *,
+    cluster: Cluster | None = None,
     beam_options: list[str] | None = None,
     on_start: Callable[[Outlook], None] | None = None,
+    on_submit: Callable[[str], None] | None = None,
     on_progress: Callable[[Counts], None] | None = None,
+    wait: bool = True,
+    patience: float = submit.PATIENCE,
     debug: bool = False,
 ) -> Manifest:
     """Measure every document of the corpus and return the manifest of the finished dataset.
+
+    cluster: the machines that do it, where it is not this one; `beam_options` lead there
+    beam_options, on_submit, wait, patience: of a run that is not on this machine (`pipeline.submit.run`); the
+        manifest of one that is not waited for is still "running"
 
     Raises CorpusError, DatasetError, TokenizerError, ModelError, RunError: one line each.
     """
     files = find_files(options.corpus)
     options = options.model_copy(update={"part_bytes": options.part_bytes or default_part_bytes(files)})
     dataset = options.out
-    if dataset.exists() and not (dataset / "manifest.json").exists() and _visible(dataset):
+    if not _begun(dataset) and any(not name.startswith(".") for name in [*sizes(dataset), *folders(dataset)]):
         raise DatasetError(f"{dataset} has files in it but is no dataset: name a new folder with --out")
     with _locked(dataset):
-        tokenizer, specs = models_of(options)
+        tokenizer, specs = models_of(options, cluster)
         manifest = begin(options, files, tokenizer, specs)
         if manifest.state == "complete":
-            shutil.rmtree(dataset / ".parts", ignore_errors=True)
-            return manifest
+            return finish(dataset, options.max_bad)
         assert options.part_bytes is not None
         planned: list[Range | Stream] = plan(files, options.part_bytes)
         if options.limit:
             planned = list(_take(planned, options.limit, dataset, options.part_bytes))
-        measure(options, planned, dataset, specs, beam_options, on_start, on_progress, debug)
-        return finish(dataset, manifest, options.max_bad)
+        far = {"on_submit": on_submit, "wait": wait, "patience": patience}
+        hints = cluster.hints() if cluster else {}
+        try:
+            costs = measure(options, planned, dataset, specs, beam_options, on_start, on_progress, debug, hints, **far)
+        except local.RunError:
+            # Two runs of one command may write to one store: the same bytes. The first to end takes the copies away.
+            if read_manifest(dataset).state != "complete":
+                raise
+            costs = []
+        return manifest if costs is None else finish(dataset, options.max_bad)
 
 
 def begin(
@@ -100,13 +124,13 @@ def begin(
         models=_fingerprints(options, specs),
         versions=_versions(options, specs),
     )
-    if (dataset / "manifest.json").exists():
-        found = read_manifest(dataset)
-        _same(dataset, found, expected)
-        if found.state == "complete":
-            return found
-    else:
-        save(dataset / "manifest.json", expected)
+    if not _begun(dataset):
+        with contextlib.suppress(FileExistsError):  # another run was first: by the same command, or else refused
+            save(dataset / "manifest.json", expected, create=True)
+    found = read_manifest(dataset)
+    _same(dataset, found, expected)
+    if found.state == "complete":
+        return found
     remove_temporary(dataset)
     tokenize.save(tokenizer, dataset / TOKENIZER)
     return expected
@@ -121,8 +145,14 @@ def measure(
     on_start: Callable[[Outlook], None] | None = None,
     on_progress: Callable[[Counts], None] | None = None,
     debug: bool = False,
-) -> list[PartCost]:
-    """Measure the parts that are not finished yet, and return what each took."""
+    hints: dict[str, str] | None = None,
+    **far: Any,
+) -> list[PartCost] | None:
+    """Measure the parts that are not finished yet, and return what each took, which only local runs know.
+
+    hints: what Beam is told of the machines that score
+    far: arguments of `pipeline.submit.run`; a run that is not waited for returns None
+    """
     assert options.part_bytes is not None
     finished = _finished(dataset)
     committed = frozenset(record.name for record in finished)
@@ -153,14 +183,19 @@ def measure(
         alignment=options.align,
         models=specs,
         keep_text=options.text,
+        hints=hints or {},
     )
-    return local.run(
-        lambda pipeline, heartbeat: build(pipeline, work, heartbeat),
-        workers=options.workers,
-        beam_options=beam_options,
-        on_progress=on_progress,
-        debug=debug,
-    )
+
+    def graph(pipeline: Any, heartbeat: Heartbeat) -> None:
+        build(pipeline, work, heartbeat)
+
+    if not submit.elsewhere(beam_options):
+        return local.run(
+            graph, workers=options.workers, beam_options=beam_options, on_progress=on_progress, debug=debug
+        )
+    count = submit.counter(dataset, committed, {part.name: part.end - part.start for part in ranges})
+    submit.run(graph, beam_options=beam_options or [], count=count, on_progress=on_progress, **far)
+    return [] if far.get("wait", True) else None
 
 
 def _reach(urls: list[str]) -> None:
@@ -187,18 +222,19 @@ def _take(planned: list[Range | Stream], limit: int, dataset: Path, part_bytes: 
                 return
 
 
-def models_of(options: LabelOptions) -> tuple[tokenize.TargetTokenizer, dict[str, ModelSpec]]:
-    """Resolve names to models and tokenizers, and fail early when one cannot be had."""
+def models_of(
+    options: LabelOptions, cluster: Cluster | None = None
+) -> tuple[tokenize.TargetTokenizer, dict[str, ModelSpec]]:
+    """Tokenizer and models, or an early failure when one cannot be had.
+
+    Models go to the workers by name: each machine fetches its own (`labelers.models.resolve`).
+    """
     trust = options.trust_remote_code
     names = {"reference": options.reference, "student": options.student}
-    folders = {role: models.resolve(name) for role, name in names.items() if name}
-    tokenizer = tokenize.load(
-        models.resolve(options.tokenizer) if options.tokenizer else folders["reference"], trust_remote_code=trust
-    )
-    tokenizer = replace(tokenizer, name=options.tokenizer or str(options.reference))
-    specs = {role: _scorer(options, role, folder, tokenizer) for role, folder in folders.items()}
+    tokenizer = tokenize.load(options.tokenizer or str(options.reference), trust_remote_code=trust)
+    specs = {role: _scorer(options, cluster, role, name, tokenizer) for role, name in names.items() if name}
     if options.judge:
-        specs["judge"] = _judge(options)
+        specs["judge"] = _judge(options, cluster)
     here = [spec for spec in specs.values() if spec.backend == "vllm"]
     if options.engine_arg and not here:
         raise models.ModelError("--engine-arg is for vLLM, and no model of this run is in vLLM: add --scorer vllm")
@@ -209,9 +245,11 @@ def models_of(options: LabelOptions) -> tuple[tokenize.TargetTokenizer, dict[str
     return tokenizer, specs
 
 
-def _scorer(options: LabelOptions, role: str, model: str, target: tokenize.TargetTokenizer) -> ModelSpec:
+def _scorer(
+    options: LabelOptions, cluster: Cluster | None, role: str, model: str, target: tokenize.TargetTokenizer
+) -> ModelSpec:
     trust = options.trust_remote_code
-    backend = _best_backend(options) if options.scorer == "auto" else options.scorer
+    backend = _best_backend(options, cluster) if options.scorer == "auto" else options.scorer
     own = tokenize.load(model, trust_remote_code=trust)
     if options.window:
         reference_scores.check_window(model, options.window, options.overlap, own.bos_id, trust_remote_code=trust)
@@ -224,7 +262,7 @@ def _scorer(options: LabelOptions, role: str, model: str, target: tokenize.Targe
         arguments |= {"dtype": options.dtype, "max_batch_tokens": options.batch_tokens, "threads": options.threads}
     if backend == "transformers":
         arguments["device"] = options.device
-    engines, gpus = _engines(options, backend, role)
+    engines, gpus = _engines(options, cluster, backend, role)
     if backend == "vllm":
         arguments |= options.engine_arg.get(role, {})
     return ModelSpec(
@@ -239,17 +277,17 @@ def _scorer(options: LabelOptions, role: str, model: str, target: tokenize.Targe
     )
 
 
-def _judge(options: LabelOptions) -> ModelSpec:
+def _judge(options: LabelOptions, cluster: Cluster | None) -> ModelSpec:
     assert options.judge
     if options.judge_server:
         arguments: dict[str, Any] = {"chat": "server", "model": options.judge, "servers": options.judge_server}
         arguments["concurrency"] = _share(options)
         return ModelSpec("judge", options.judge, "server", "labelers.chat:load", arguments)
-    model = models.resolve(options.judge)
-    arguments = {"chat": "vllm", "model": model, "dtype": options.dtype, "threads": options.threads}
+    models.resolve(options.judge)  # fails here, in one line, when there is none
+    arguments = {"chat": "vllm", "model": options.judge, "dtype": options.dtype, "threads": options.threads}
     arguments |= {"trust_remote_code": options.trust_remote_code} | options.engine_arg.get("judge", {})
-    engines, gpus = _engines(options, "vllm", "judge")
-    return ModelSpec("judge", model, "vllm", "labelers.chat:load", arguments, engines=engines, gpus=gpus)
+    engines, gpus = _engines(options, cluster, "vllm", "judge")
+    return ModelSpec("judge", options.judge, "vllm", "labelers.chat:load", arguments, engines=engines, gpus=gpus)
 
 
 def _share(options: LabelOptions) -> int:
@@ -257,7 +295,7 @@ def _share(options: LabelOptions) -> int:
     return max(1, options.concurrency // options.workers)
 
 
-def _engines(options: LabelOptions, backend: Backend, role: str) -> tuple[int, int]:
+def _engines(options: LabelOptions, cluster: Cluster | None, backend: Backend, role: str) -> tuple[int, int]:
     """How many engines a machine has for a model, and how many GPUs each.
 
     Where there is no GPU, `transformers` runs in each worker, which needs no engines but has a model each.
@@ -266,26 +304,31 @@ def _engines(options: LabelOptions, backend: Backend, role: str) -> tuple[int, i
         return 0, 0
     given = options.engine_arg.get(role, {}) if backend == "vllm" else {}
     gpus = int(given.get("tensor_parallel_size", 1)) * int(given.get("pipeline_parallel_size", 1))
-    count = 0
-    if options.device != "cpu":
-        import torch
-
-        count = torch.cuda.device_count()
+    count = _gpus(options, cluster)
     if options.engines and count and options.engines * gpus > count:
-        raise models.ModelError(f"{options.engines} engines of {gpus} GPUs are more than the {count} GPUs here")
+        where = "of a machine" if cluster else "here"
+        raise models.ModelError(f"{options.engines} engines of {gpus} GPUs are more than the {count} GPUs {where}")
     found = count // gpus
     return options.engines or found or int(backend == "vllm"), gpus
 
 
-def _best_backend(options: LabelOptions) -> Backend:
+def _gpus(options: LabelOptions, cluster: Cluster | None) -> int:
+    """Of each machine that scores: what this one has says nothing of a cluster's."""
+    if options.device == "cpu":
+        return 0
+    if cluster:
+        return cluster.accelerators
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _best_backend(options: LabelOptions, cluster: Cluster | None) -> Backend:
     """The servers where some are named, vLLM where it and a GPU are, else transformers."""
     if options.server:
         return "server"
-    if options.device == "cpu" or importlib.util.find_spec("vllm") is None:
-        return "transformers"
-    import torch
-
-    return "vllm" if torch.cuda.is_available() else "transformers"
+    has_vllm = cluster is not None or importlib.util.find_spec("vllm") is not None
+    return "vllm" if has_vllm and _gpus(options, cluster) else "transformers"
 
 
 def _fingerprints(options: LabelOptions, specs: dict[str, ModelSpec]) -> dict[str, Any]:
@@ -342,23 +385,29 @@ def _short(value: Any) -> str:
 
 def _finished(dataset: Path) -> list[PartRecord]:
     """Records of parts whose file is there in full size."""
-    records = []
-    for path in sorted((dataset / ".parts").glob("part-*.json")):
-        record = load(path, PartRecord)
-        file = signals_path(dataset, record.name)
-        if record.rows == 0 or (file.exists() and file.stat().st_size == record.bytes):
-            records.append(record)
-    return records
+    paths = [dataset / RECORDS / name for name in sizes(dataset / RECORDS, "part-*.json")]
+    found = sizes(dataset / "signals", "part-*.parquet") if paths else {}
+    records = [parse(path, data, PartRecord) for path, data in zip(paths, read_many(paths), strict=True)]
+    return [record for record in records if found.get(f"{record.name}.parquet", 0) == record.bytes]
 
 
-def finish(dataset: Path, manifest: Manifest, max_bad: float) -> Manifest:
-    """Fold the records of a measured dataset into its manifest."""
-    _drop_duplicates(dataset)
-    records = _finished(dataset)
+def finish(dataset: Path, max_bad: float) -> Manifest:
+    """Fold the records of a measured dataset into its manifest.
+
+    Another run may have done so while this one measured some parts again: what it recorded is folded once more.
+    """
+    manifest = read_manifest(dataset)
+    fresh = _finished(dataset)
+    if manifest.state == "complete" and not fresh:
+        _clear(dataset)
+        return manifest
+    by_name = {record.name: record for record in [*manifest.parts, *fresh]}
+    _drop_duplicates(dataset, by_name)
+    records = [by_name[name] for name in sorted(by_name)]
     if not any(record.rows for record in records):
         bad = sum(record.bad for record in records)
         where = f": {bad:,} bad records, see {dataset / 'deadletter'}" if bad else ": the corpus is empty"
-        shutil.rmtree(dataset / spool.FOLDER, ignore_errors=True)
+        remove_tree(dataset / spool.FOLDER)
         raise CorpusError(f"no document to label{where}")
     judged: Counter[str] = Counter()
     for record in records:
@@ -382,54 +431,44 @@ def finish(dataset: Path, manifest: Manifest, max_bad: float) -> Manifest:
             f"{max_bad:g}: see {dataset / 'deadletter'}, then run again with a higher --max-bad"
         )
     save(dataset / "manifest.json", complete)
-    shutil.rmtree(dataset / ".parts", ignore_errors=True)
-    shutil.rmtree(dataset / spool.FOLDER, ignore_errors=True)
+    _clear(dataset)
     return complete
 
 
-def _drop_duplicates(dataset: Path) -> None:
+def _clear(dataset: Path) -> None:
+    """Remove what only a run needs."""
+    for name in (RECORDS, spool.FOLDER):
+        remove_tree(dataset / name)
+
+
+def _drop_duplicates(dataset: Path, records: dict[str, PartRecord]) -> None:
     """Of documents with one id in several parts, keep the first in corpus order; the others become dead letters.
 
-    Within a part they are told apart when it is read. Ids alone are compared, by DuckDB, which can spill to disk.
+    Within a part they are told apart when it is read. Their parts and `records` are written again.
     """
-    if not any((dataset / "signals").glob("part-*.parquet")):
-        return
-    with duckdb.connect(config={"threads": 2}) as connection:
-        connection.execute("SET temp_directory = ?", [str(dataset / ".duckdb")])
-        rows = connection.execute(
-            """
-            WITH ids AS (SELECT doc_id, filename, file_row_number AS row FROM read_parquet(?, filename = true,
-                         file_row_number = true))
-            SELECT filename, row FROM ids SEMI JOIN
-                (SELECT doc_id FROM ids GROUP BY doc_id HAVING count(*) > 1) USING (doc_id)
-            QUALIFY row_number() OVER (PARTITION BY doc_id ORDER BY filename, row) > 1
-            ORDER BY filename, row
-            """,
-            [str(dataset / "signals" / "part-*.parquet")],
-        ).fetchall()
-    shutil.rmtree(dataset / ".duckdb", ignore_errors=True)
-    later: dict[str, list[int]] = {}
-    for filename, row in rows:
-        later.setdefault(Path(filename).stem, []).append(row)
-    for name, drop in later.items():
-        record = load(record_path(dataset, name), PartRecord)
-        table = pq.read_table(signals_path(dataset, name))
-        letters = deadletter_path(dataset, name)
-        bad = [Bad(**json.loads(line)) for line in letters.read_text().splitlines()] if letters.exists() else []
-        for row in drop:
+    parts = {name: records[name].bytes for name in sorted(records) if records[name].rows}
+    for name, rows in duplicates(dataset, parts).items():
+        record = records[name]
+        table = pq.read_table(pa.BufferReader(read_bytes(signals_path(dataset, name))))
+        letters = read_bytes(deadletter_path(dataset, name)) if record.bad else b""
+        bad = [Bad(**json.loads(line)) for line in letters.splitlines()]
+        for row in rows:
             doc_id, place = table["doc_id"][row].as_py(), table["source"][row].as_py()
             position = int(place.rpartition(":")[2])
             bad.append(Bad(record.source, position, "the id occurs before in the corpus", doc_id))
-        kept = table.take(np.setdiff1d(np.arange(table.num_rows), drop))
+        kept = table.take(np.setdiff1d(np.arange(table.num_rows), rows))
         if kept.num_rows == 0:
-            signals_path(dataset, name).unlink()
+            remove(signals_path(dataset, name))
         facts = record.model_dump(include={"skipped", "scored", "judged"})
-        write_part(dataset, name, record.source, kept, tuple(bad), **facts)
+        records[name] = write_part(dataset, name, record.source, kept, tuple(bad), **facts)
 
 
 @contextlib.contextmanager
 def _locked(dataset: Path) -> Iterator[None]:
-    """One run at a time writes to a dataset."""
+    """One run at a time writes to a folder. A store has no locks: two runs there write the same."""
+    if is_remote(dataset):
+        yield
+        return
     dataset.mkdir(parents=True, exist_ok=True)
     lock = FileLock(dataset / ".lock")
     try:
@@ -442,5 +481,5 @@ def _locked(dataset: Path) -> Iterator[None]:
         lock.release()
 
 
-def _visible(folder: Path) -> bool:
-    return any(not name.startswith(".") for name in os.listdir(folder))
+def _begun(dataset: Path) -> bool:
+    return "manifest.json" in sizes(dataset, "manifest.json")

@@ -48,7 +48,7 @@ class Documents:
 def read(part: Range) -> Documents:
     """The documents that begin in a range. A file that cannot be read ends as one bad record, at its first part.
 
-    Raises DatasetError when a store cannot be reached.
+    Raises DatasetError when a store cannot be reached, CopyGoneError when the copy of a stream is gone.
     """
     documents = Documents()
     try:
@@ -68,6 +68,10 @@ def read(part: Range) -> Documents:
     if part.error:
         documents.bad.append(Bad(part.source, part.base + part.end, part.error))
     return documents
+
+
+class CopyGoneError(DatasetError):
+    """The copy of a piece of a stream is not there any more: another run that writes the same dataset was first."""
 
 
 class _FileError(Exception):
@@ -125,11 +129,16 @@ def open_file(path: str) -> BinaryIO:
 
 def _open_range(part: Range) -> BinaryIO:
     """The same, to read a range of it: with one request to a store, where its last record is not long."""
-    if "://" not in part.path:
-        return open(part.path, "rb")
-    start = max(0, part.start - 1)
-    end = part.end + TAIL if part.end > start else 0
-    return io.BufferedReader(RemoteFile(part.path, start, end, CHUNK), CHUNK)
+    try:
+        if "://" not in part.path:
+            return open(part.path, "rb")
+        start = max(0, part.start - 1)
+        end = part.end + TAIL if part.end > start else 0
+        return io.BufferedReader(RemoteFile(part.path, start, end, ahead=CHUNK), CHUNK)
+    except FileNotFoundError:
+        if part.path != part.source:
+            raise CopyGoneError(f"{part.path} is gone: run the same command again to go on") from None
+        raise
 
 
 def records(chunks: Iterator[bytes], start_mark: bytes, end_mark: bytes) -> Iterator[tuple[int, bytes | None]]:

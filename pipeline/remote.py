@@ -34,14 +34,15 @@ class RemoteFile(io.RawIOBase):
 
     start, end  fetched at once, with the first request; without them the first request asks for the size
     ahead       at least so many bytes are fetched with each other request
+    size        of the object, where it is known
 
     Raises FileNotFoundError where there is none; DatasetError, then and later, when the store goes on failing.
     """
 
-    def __init__(self, url: str, start: int = 0, end: int = 0, ahead: int = 0):
+    def __init__(self, url: str, start: int = 0, end: int = 0, *, ahead: int = 0, size: int | None = None):
         self._store, self._name = store_of(url)
         self._url, self._ahead = url, ahead
-        self._size: int | None = None
+        self._size = size
         self._place, self._begin, self._window = 0, 0, b""
         if end > start:
             self._fetch(start, end)

@@ -9,6 +9,7 @@ import gzip
 import json
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import BinaryIO
@@ -17,7 +18,7 @@ import zstandard
 
 from pipeline.readers import CHUNK, MARKS, MAX_RECORD_BYTES, TOO_LONG, open_file, read_chunks, records
 from pipeline.sources import Range, Stream, part_name
-from schemas.files import write_atomic
+from schemas.files import read_bytes, remove, sizes, write_atomic
 
 FOLDER = ".spool"
 EXPANSION_BYTES = 8 << 20
@@ -29,9 +30,10 @@ def spool(stream: Stream, dataset: Path, part_bytes: int, committed: set[str]) -
     A list of the ranges is written last, so that a second call reads that alone.
     """
     index = dataset / FOLDER / f"stream-{stream.index:05d}.json"
-    if index.exists():
-        ranges = [Range(**fields) for fields in json.loads(index.read_text())]
-        if all(part.name in committed or Path(part.path).exists() for part in ranges):
+    with suppress(FileNotFoundError):
+        ranges = [Range(**fields) for fields in json.loads(read_bytes(index))]
+        copies = sizes(dataset / FOLDER, f"part-{stream.index:05d}-*").keys()
+        if all(part.name in committed or Path(part.path).name in copies for part in ranges):
             return ranges
     ranges = list(cut(stream, dataset, part_bytes, committed))
     write_atomic(index, json.dumps([asdict(part) for part in ranges]).encode())
@@ -90,9 +92,8 @@ def expansion(stream: Stream) -> float:
 
 def discard(dataset: Path, part: Range) -> None:
     """Remove the copy of a finished part."""
-    path = Path(part.path)
-    if path.parent == dataset / FOLDER:
-        path.unlink(missing_ok=True)
+    if part.path != part.source:
+        remove(dataset / FOLDER / Path(part.path).name)
 
 
 def _whole(chunks: Iterator[bytes]) -> Iterator[tuple[int, bytes | None]]:

@@ -8,8 +8,8 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.readers import Bad
-from schemas.files import sha256, write_atomic
-from schemas.manifest import PartRecord, deadletter_path, record_path, save, signals_path
+from schemas.files import sha256, sizes, write_atomic
+from schemas.manifest import RECORDS, PartRecord, deadletter_path, read_manifest, record_path, save, signals_path
 from schemas.parts import SIGNALS, select, to_parquet
 
 
@@ -47,3 +47,8 @@ def write_part(
     )
     save(record_path(dataset, name), record)
     return record
+
+
+def is_finished(dataset: Path, name: str) -> bool:
+    """Whether a part has its record, or the whole dataset is finished, by another run perhaps."""
+    return bool(sizes(dataset / RECORDS, f"{name}.json")) or read_manifest(dataset).state == "complete"

@@ -7,6 +7,7 @@ Requests that fail are made again, with growing pauses; a store that goes on fai
 
 import hashlib
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -14,13 +15,18 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Final, TypeVar
+
+import fsspec
+from fsspec.config import conf
 
 TEMPORARY = ".tmp"
 ATTEMPTS: Final = 7  # for one request to a store; the libraries make some of their own for each
 FIRST_PAUSE: Final = 0.2  # seconds, at most; doubles, and is drawn at random so that workers do not return together
 LONGEST_PAUSE: Final = 20.0
+CONNECTIONS: Final = 64  # to a store, of one process
 READERS: Final = 16  # threads that read local files
 LOCAL_BATCH: Final = 16  # files that one of them takes at once
 CREDENTIALS: Final = {
@@ -29,6 +35,9 @@ CREDENTIALS: Final = {
 }
 
 _PACKAGES: Final = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
+
+# botocore's ten connections would be what reading many small objects waits for.
+conf.setdefault("s3", {}).setdefault("config_kwargs", {}).setdefault("max_pool_connections", CONNECTIONS)
 
 T = TypeVar("T")
 
@@ -83,29 +92,21 @@ def read_many(paths: Sequence[Path]) -> list[bytes]:
     """Whole files, many at a time, in the order asked for. Raises FileNotFoundError where one is missing."""
     if not paths:
         return []
-    if not is_remote(paths[0]):
-        starts = range(0, len(paths), LOCAL_BATCH)
-        with ThreadPoolExecutor(READERS) as pool:
-            read = pool.map(lambda start: [path.read_bytes() for path in paths[start : start + LOCAL_BATCH]], starts)
-            return [data for batch in read for data in batch]
-    store = _located(paths[0])[0]
-    names = [_located(path)[1] for path in paths]
-    found: dict[str, bytes] = {}
-
-    def read_missing() -> None:
-        wanted = [name for name in names if name not in found]
-        answers = store.cat(wanted, on_error="return") if len(wanted) > 1 else {wanted[0]: store.cat_file(wanted[0])}
-        errors = [answer for answer in answers.values() if isinstance(answer, BaseException)]
-        found.update({name: answer for name, answer in answers.items() if isinstance(answer, bytes)})
-        if errors:
-            raise next((error for error in errors if not _is_transient(error)), errors[0])
-
-    patiently(read_missing, paths[0].parent)
-    return [found[name] for name in names]
+    if is_remote(paths[0]):
+        with ThreadPoolExecutor(CONNECTIONS) as pool:
+            return list(pool.map(read_bytes, paths))
+    batches = [paths[start : start + LOCAL_BATCH] for start in range(0, len(paths), LOCAL_BATCH)]
+    with ThreadPoolExecutor(READERS) as pool:
+        return [
+            data for batch in pool.map(lambda batch: [path.read_bytes() for path in batch], batches) for data in batch
+        ]
 
 
 def sizes(folder: Path, pattern: str = "*") -> dict[str, int]:
-    """The bytes of the files in a folder, by name, sorted: one listing. Empty where there is no such folder."""
+    """The bytes of the files in a folder, by name, sorted: one listing. Empty where there is no such folder.
+
+    Of a store only names that begin as the pattern does, up to its first special character, are asked for.
+    """
     return {name: size for name, size, _ in _files(folder, pattern)}
 
 
@@ -168,8 +169,6 @@ def store_of(url: str) -> tuple[Any, str]:
 
     Raises DatasetError for a URL of an unknown kind, or one that needs a package that is not installed.
     """
-    import fsspec
-
     scheme = url.split("://")[0]
     try:
         store = fsspec.filesystem(scheme)
@@ -218,7 +217,9 @@ def _files(folder: Path, pattern: str) -> list[tuple[str, int, float]]:
     found: list[tuple[str, int, float]] = []
     if is_remote(folder):
         store, name = _located(folder)
-        entries = patiently(lambda: _listing(store, name, store.ls), folder)
+        prefix = re.split(r"[*?[]", pattern)[0] if _kind(store) in CREDENTIALS else ""
+        flat = partial(store.find, prefix=prefix) if prefix else store.ls  # there is no folder in these folders
+        entries = patiently(lambda: _listing(store, name, flat), folder)
         found = [(entry["name"], entry["size"], _time(entry)) for entry in entries if entry["type"] == "file"]
     else:
         with suppress(FileNotFoundError), os.scandir(folder) as children:

@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from schemas.files import DatasetError, folders, read_bytes, sha256, store_of, write_atomic
 from schemas.parts import SCHEMA_VERSION
 
+RECORDS = ".parts"
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -128,7 +129,7 @@ def deadletter_path(dataset: Path, part: str) -> Path:
 
 
 def record_path(dataset: Path, part: str) -> Path:
-    return dataset / ".parts" / f"{part}.json"
+    return dataset / RECORDS / f"{part}.json"
 
 
 def save(path: Path, model: BaseModel, *, create: bool = False) -> None:
