@@ -13,6 +13,7 @@ const LEARN = 0, DELEGATE = 1, IGNORE = 2;
 const RULES = { lacy: "Slider: factual tokens of the highest loss", loss: "Slider: any tokens of the highest loss" };
 const LOSS_STEPS = [0.5, 1, 2, 3, 4, 6, 8]; // nats, where the shades of the loss change
 const JUDGE_STEPS = [0.01, 0.2, 0.4, 0.6, 0.8, 0.9, 1];
+const BEGINNING = 40; // characters of a document in the list
 const CORRECT = [null, "no", "yes"];
 
 async function unpack(packed) {
@@ -81,7 +82,7 @@ function reader(data) {
     colour: "label", threshold: 0, pinned: null, hits: [], hit: -1 };
   let spans = [], labels = [];
 
-  const share = (part, whole) => (whole ? `${((100 * part) / whole).toFixed(1)} %` : "-");
+  const share = (part, whole) => (whole ? `${((100 * part) / whole).toFixed(1)}%` : "-");
   const nats = (value) => (Number.isNaN(value) ? "none" : `${value.toFixed(2)} nats`);
   const currentSet = () => (state.labels.startsWith("set ") ? Number(state.labels.slice(4)) : null);
   const currentRule = () => (state.labels.startsWith("rule ") ? state.labels.slice(5) : null);
@@ -132,11 +133,11 @@ function reader(data) {
     element("threshold").max = Math.ceil(Math.min(highest, 20));
     const set = data.sets[data.chosen];
     setThreshold(byLoss(set) ? set.threshold : data.budgets[0]?.[1] ?? 1);
-    if (data.budgets.length) element("budgets").append("Budget of the dataset ");
+    if (data.budgets.length) element("budgets").append(make("span", "Budget", "name"));
     for (const [budget, threshold] of data.budgets) {
-      const button = make("button", `${Math.round(100 * budget)} %`);
+      const button = make("button", `${Math.round(100 * budget)}%`);
       button.type = "button";
-      button.title = `the threshold for ${Math.round(100 * budget)} % of all tokens of the dataset`;
+      button.title = `The threshold that chooses ${Math.round(100 * budget)}% of all tokens of the dataset`;
       button.addEventListener("click", () => slide(threshold, data.policy));
       element("budgets").append(button);
     }
@@ -160,15 +161,17 @@ function reader(data) {
     const picked = documents.reduce((sum, doc) => sum + chosenOf(doc), 0);
     const threshold = rule ? state.threshold : byLoss(set) ? set.threshold : null;
     const from = threshold === null ? "" : `${threshold.toFixed(2)} nats: `;
-    element("picked").textContent = set || rule ? `${from}${share(picked, tokens)} of the tokens shown` : "";
+    element("picked").textContent = set || rule ? `${from}${share(picked, tokens)} of the tokens on this page` : "";
     element("threshold").setAttribute("aria-valuetext", `${state.threshold.toFixed(2)} nats`);
     element("verb").textContent = verb();
   }
 
+  const beginning = (doc) => [...doc.text.slice(0, 1000).trimStart()].slice(0, BEGINNING).join("").split("\n", 1)[0];
+
   function listDocuments() {
     const select = element("document");
     if (!select.length) documents.forEach((doc, i) => select.append(new Option("", i)));
-    documents.forEach((doc, i) => (select.options[i].text = `${doc.id} · ${share(chosenOf(doc), doc.count)}`));
+    documents.forEach((doc, i) => (select.options[i].text = `${doc.id} · ${share(chosenOf(doc), doc.count)} · ${beginning(doc)}`));
     select.value = state.at;
   }
 
@@ -257,7 +260,7 @@ function reader(data) {
   function rows(doc, i) {
     const name = (table, code) => data.names[table][code] || "none";
     const list = [["position", String(i)], ["label", data.names.label[labels[i]]], ["factual", doc.factual[i] ? "yes" : "no"],
-      ["part of speech", name("pos", doc.pos[i])], ["entity", name("ent", doc.ent[i])], ["loss, reference", nats(doc.ref[i])]];
+      ["part of speech", name("pos", doc.pos[i])], ["entity", name("ent", doc.ent[i])], [doc.student ? "loss, reference" : "loss", nats(doc.ref[i])]];
     if (doc.correct?.[i]) list.push(["reference right", CORRECT[doc.correct[i]]]);
     if (doc.student) {
       list.push(["loss, student", nats(doc.student[i])], ["student − reference", nats(doc.student[i] - doc.ref[i])]);

@@ -27,14 +27,13 @@ from schemas.manifest import DatasetError, Manifest, at, label_sets, read_comple
 from schemas.printable import printable
 from stats import excerpts
 from stats.compute import compute
-from stats.figures import BIN_WIDTH, BINS, QUANTILES, Group, Losses, Stats
+from stats.figures import BIN_WIDTH, BINS, QUANTILES, Agreement, Losses, Stats
 
 DOCUMENTS: Final = 50
 BY_LOSS: Final = ("lacy", "loss")  # policies whose scores are losses
 TOKENS: Final = 8_000  # of a document
 DOCUMENT_BYTES: Final = 90_000  # of the page, on average: 4.5 MB for 50 documents
 _SHARE_DRAWN: Final = 0.001  # of the tokens; the loss chart ends where bins hold less
-_SHADES: Final = 8  # of report.css
 _SHARE_TICKS: Final = (0.01, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)
 
 
@@ -129,7 +128,6 @@ def page(figures: Stats, manifest: Manifest, data: Data, *, spread: bool) -> str
         name=printable(Path(figures.dataset).resolve().name),
         made=_made(manifest),
         verb="ignored" if mine and mine.action == "ignore" else "delegated",
-        groups=_group_tables(figures),
         quantiles=QUANTILES,
         losses=_losses(figures.losses, mine.threshold if mine and mine.policy in BY_LOSS and not student else None),
         scorer="student" if student else "reference",
@@ -169,19 +167,6 @@ def _made(manifest: Manifest) -> list[tuple[str, str]]:
     if "lacy" in manifest.versions:
         made.append(("version", printable(manifest.versions["lacy"])))
     return made
-
-
-def _group_tables(figures: Stats) -> list[tuple[str, str, list[Group]]]:
-    """Id, title and groups of each table of shares."""
-    tables = [
-        ("pos", "By part of speech", figures.pos),
-        ("ent", "By entity type", figures.ent_type),
-        ("position", "By position in the document", figures.position),
-        ("length", "By length of the document", figures.length),
-    ]
-    if figures.by is not None:
-        tables.append(("by", f"By {printable(figures.by)}", figures.groups))
-    return [table for table in tables if table[2]]
 
 
 # Charts: the template draws them from places in percent, so that they fit any width.
@@ -255,23 +240,12 @@ def _budgets(figures: Stats) -> dict[str, Any] | None:
     }
 
 
-def _agreement(figures: Stats) -> dict[str, Any] | None:
-    """Cohen's kappa of each two label sets, as a matrix. Shades count from 0."""
-    if not figures.agreement:
-        return None
-    kappa = {(pair.a, pair.b): pair.kappa for pair in figures.agreement}
-    names = [found.name for found in figures.label_sets]
-    rows = [
-        (a, [(kappa.get((a, b), kappa.get((b, a))), b) for b in names[:place]])
-        for place, a in enumerate(names)
-        if place
+def _agreement(figures: Stats) -> list[tuple[Agreement, float, float, float]]:
+    """Each two label sets, and what the first alone, both and the second alone choose; the most of all pairs is 100."""
+    most = max((pair.only_a + pair.both + pair.only_b for pair in figures.agreement), default=0) or 1
+    return [
+        (pair, *(100 * count / most for count in (pair.only_a, pair.both, pair.only_b))) for pair in figures.agreement
     ]
-    matrix = [(a, [(value, _shade(value)) for value, _ in row]) for a, row in rows]
-    return {"names": names[:-1], "matrix": matrix}
-
-
-def _shade(kappa: float | None) -> int:
-    return 0 if kappa is None else min(_SHADES - 1, max(0, int(kappa * _SHADES)))
 
 
 def _share(part: int, whole: int) -> str:

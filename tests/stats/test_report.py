@@ -251,11 +251,12 @@ def test_the_figures_are_those_of_compute(page, dataset, documents):
     text = [piece.strip() for piece in Parsed(page).text if piece.strip()]
 
     def after(*names: str) -> list[str]:
+        """What follows these; StopIteration where they do not stand together."""
         place = next(place for place in range(len(text)) if tuple(text[place : place + len(names)]) == names)
         return text[place + len(names) :]
 
     assert after("tokens")[0] == f"{figures.tokens:,}"
-    assert after("factual")[0] == f"{figures.factual / figures.tokens:.1%}"
+    assert after("factual", f"{figures.factual / figures.tokens:.1%}")
     assert f"All {len(documents)} documents" in " ".join(text)
     for title, groups in (("By part of speech", figures.pos), ("By entity type", figures.ent_type)):
         rest = after(title)
@@ -270,7 +271,19 @@ def test_the_figures_are_those_of_compute(page, dataset, documents):
         rest = after(f"{pick.budget:.0%}", f"{pick.tokens / figures.tokens:.1%}")
         assert rest[:2] == [f"{pick.threshold:.2f}", f"{pick.nll / pick.tokens:.2f}"]
     [pair] = figures.agreement
-    assert f"{pair.kappa:.2f}" in after("Agreement of the label sets")
+    rest = after(pair.a, ",", pair.b)
+    shares = (f"{share / figures.tokens:.1%}" for share in (pair.both, pair.same))
+    assert rest[:3] == [*shares, f"{pair.kappa:.2f}"]
+    for labels in figures.label_sets:
+        chosen = labels.delegated + labels.ignored
+        shares = [f"{share / figures.tokens:.1%}" for share in (labels.delegated, labels.ignored)]
+        assert after(labels.name, "lacy", "15.0%")[:4] == [*shares, f"{labels.factual / chosen:.1%}", "6.00"]
+    for name, losses in (("factual", figures.losses.factual), ("other", figures.losses.other)):
+        assert after(name, f"{losses[0]:.2f}")[:4] == [f"{loss:.2f}" for loss in losses[1:]]
+    for word in figures.chosen_words:
+        assert after(word.word, f"{word.chosen:,}", f"{word.occurrences:,}", f"{word.mean_nll:.2f}")
+    for word in figures.kept_words:
+        assert after(word.word, f"{word.occurrences - word.chosen:,}", f"{word.mean_kept_nll:.2f}")
 
 
 # In a browser
@@ -375,7 +388,8 @@ def test_the_slider_relabels(visit, page, documents, rule):
         assert tokens(shown, "delegate") == pieces(documents[3], chosen(documents[3], threshold))
         share = sum(len(chosen(d, threshold)) for d in documents) / sum(len(d.spans) for d in documents)
         assert (
-            shown.locator("#picked").text_content() == f"{threshold:.2f} nats: {100 * share:.1f} % of the tokens shown"
+            shown.locator("#picked").text_content()
+            == f"{threshold:.2f} nats: {100 * share:.1f}% of the tokens on this page"
         )
     assert shown.locator("#labels").input_value() == f"rule {rule}"
 
@@ -385,7 +399,7 @@ def test_moving_the_slider_leaves_the_label_sets(visit, page):
     assert shown.locator("#labels").input_value() == "set 1"
     shown.locator("#threshold").press("ArrowRight")
     assert shown.locator("#labels").input_value() == "rule lacy"
-    shown.get_by_role("button", name="30 %").click()
+    shown.get_by_role("button", name="30%").click()
     [wanted] = [threshold for budget, threshold in unpacked(page)["budgets"] if budget == 0.3]
     assert float(shown.locator("#threshold").input_value()) == pytest.approx(wanted, abs=0.006)
 
@@ -526,6 +540,40 @@ def test_dark(visit, page):
         )
     (light_back, light_text), (dark_back, dark_text) = colours
     assert light_back - light_text > 500 and dark_text - dark_back > 500
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_shades_are_told_apart_without_hue(visit, page, scheme):
+    """The more loss, the further from the page in luminance; and what is delegated is not said by colour alone."""
+    shown = opened(visit, page, color_scheme=scheme)
+    shown.get_by_label("loss", exact=True).check()
+    found = shown.locator("#legend .swatch").evaluate_all(
+        "all => all.map((of) => getComputedStyle(of).backgroundColor.match(/[0-9]+/g).map(Number))"
+    )
+    luminance = [0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2 for red, green, blue in found]
+    assert len(found) == 8 and luminance == sorted(luminance, reverse=scheme == "light")
+    marks = {
+        kind: shown.locator("#text").evaluate(
+            """(text, kind) => {
+                const span = text.appendChild(document.createElement("span"));
+                span.className = kind;
+                const style = getComputedStyle(span);
+                return [style.textDecorationLine, style.textDecorationStyle];
+            }""",
+            kind,
+        )
+        for kind in ("", "delegate", "ignore")
+    }
+    assert marks == {"": ["none", "solid"], "delegate": ["underline", "solid"], "ignore": ["underline", "dashed"]}
+
+
+def test_the_list_of_documents(visit, page, documents):
+    shown = opened(visit, page)
+    for place, text in enumerate(shown.locator("#document option").all_text_contents()):
+        document = documents[place]
+        share = sum(label != LEARN for label in document.labels["lacy"]) / len(document.spans)
+        first = printable(document.text.lstrip(), keep_lines=True)[:40].split("\n")[0]
+        assert text == f"{document.doc_id} · {100 * share:.1f}% · {first}"
 
 
 def test_a_phone(visit, page, hostile):
