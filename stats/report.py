@@ -244,7 +244,7 @@ def _agreement(figures: Stats) -> list[tuple[Agreement, float, float, float]]:
     """Each two label sets, and what the first alone, both and the second alone choose; the most of all pairs is 100."""
     most = max((pair.only_a + pair.both + pair.only_b for pair in figures.agreement), default=0) or 1
     return [
-        (pair, *(100 * count / most for count in (pair.only_a, pair.both, pair.only_b))) for pair in figures.agreement
+        (pair, 100 * pair.only_a / most, 100 * pair.both / most, 100 * pair.only_b / most) for pair in figures.agreement
     ]
 
 
