@@ -59,7 +59,10 @@ def run(
     the job, on Ctrl-C.
     """
     options = PipelineOptions(beam_options, save_main_session=False)
-    pipeline = beam.Pipeline(options=options)
+    try:
+        pipeline = beam.Pipeline(options=options)
+    except ValueError as error:  # options that the runner refuses
+        raise RunError(str(error).splitlines()[-1]) from error
     build(pipeline, Heartbeat(None, secrets.token_hex(8)))
     try:
         result: Any = pipeline.run()  # in this thread: some runners of Beam set signal handlers
