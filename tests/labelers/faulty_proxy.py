@@ -66,7 +66,7 @@ class FaultyProxy:
         self.peak = self._busy = 0
         self._lock = threading.Lock()
         self._over = threading.Event()
-        self._server: _Server | None = None
+        self._server: Server | None = None
         self._port = 0
 
     @property
@@ -85,7 +85,7 @@ class FaultyProxy:
         """Listen, on the same port as before."""
         with self._lock:
             if self._server is None:
-                self._server = _Server(("127.0.0.1", self._port), _handler(self))
+                self._server = Server(("127.0.0.1", self._port), _handler(self))
                 self._port = self._server.server_address[1]
                 threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
 
@@ -152,7 +152,7 @@ class FaultyProxy:
         return response.status_code, response.json() if response.content else {}
 
 
-class _Server(ThreadingHTTPServer):
+class Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
@@ -169,7 +169,7 @@ class _Server(ThreadingHTTPServer):
 
     def close_all(self) -> None:
         for connection in list(self.connections):
-            _close(connection)
+            close(connection)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Clients that hang up are no news."""
@@ -206,7 +206,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def hang_up(self) -> None:
         self.close_connection = True
-        _close(self.connection)
+        close(self.connection)
 
     def log_message(self, *_: object) -> None:
         pass
@@ -216,7 +216,7 @@ def _handler(proxy: FaultyProxy) -> type[_Handler]:
     return type("_ProxyHandler", (_Handler,), {"proxy": proxy})
 
 
-def _close(connection: socket.socket) -> None:
+def close(connection: socket.socket) -> None:
     with contextlib.suppress(OSError):  # where the client was first
         connection.shutdown(socket.SHUT_RDWR)
 
