@@ -156,14 +156,21 @@ def read_manifest(dataset: Path) -> Manifest:
     path = dataset / "manifest.json"
     try:
         data = read_bytes(path)
-        version = json.loads(data).get("schema_version")
     except FileNotFoundError:
         raise DatasetError(f"{dataset} is not a dataset: it has no manifest.json (lacy label writes one)") from None
-    except (ValueError, AttributeError):
-        raise DatasetError(f"{path} is damaged: it is not a JSON object") from None
+    try:
+        manifest = parse(path, data, Manifest)
+        version: object = manifest.schema_version
+    except DatasetError as damaged:  # only now, as it takes memory: what version is it of?
+        try:
+            version = json.loads(data).get("schema_version")
+        except (ValueError, AttributeError):
+            raise DatasetError(f"{path} is damaged: it is not a JSON object") from None
+        if version == SCHEMA_VERSION:
+            raise damaged from None
     if version != SCHEMA_VERSION:
         raise DatasetError(f"{dataset} has schema version {version}; this lacy reads version {SCHEMA_VERSION}")
-    return parse(path, data, Manifest)
+    return manifest
 
 
 def read_complete(dataset: Path) -> Manifest:
