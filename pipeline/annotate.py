@@ -31,7 +31,7 @@ from pipeline.options import ModelSpec
 from pipeline.packed import listed, pack, unpack
 from pipeline.readers import Bad, CopyGoneError, read
 from pipeline.sources import Range, Stream
-from pipeline.write import is_finished, write_part
+from pipeline.write import is_finished, require_admission, write_part
 from schemas.manifest import PartRecord
 
 
@@ -40,6 +40,7 @@ class AnnotatePlan:
     """All that the workers need to know."""
 
     dataset: Path
+    run: str  # the fingerprint of the manifest
     ranges: list[Range]  # not finished yet
     streams: list[Stream]
     part_bytes: int
@@ -64,14 +65,14 @@ def build(pipeline: beam.Pipeline, plan: AnnotatePlan, heartbeat: Heartbeat) -> 
         (listed(pipeline, "ranges", plan.ranges, Range), cut)
         | beam.Flatten()
         | "spread parts" >> beam.Reshuffle()
-        | "read" >> beam.ParDo(_Read(plan.dataset, plan.tokenizer, heartbeat))
+        | "read" >> beam.ParDo(_Read(plan.dataset, plan.run, plan.tokenizer, heartbeat))
         | "grammar" >> RunInference(GrammarHandler(plan.spacy, plan.rule, plan.alignment)).with_output_types(Part)
     )
     if plan.hints:
         parts |= "to the scorers" >> beam.Reshuffle()
     for name, step in _scoring(plan, heartbeat).items():
         parts |= name >> step.with_output_types(Part).with_resource_hints(**plan.hints)
-    write = beam.ParDo(_Write(plan.dataset, plan.keep_text, heartbeat)).with_resource_hints(**plan.hints)
+    write = beam.ParDo(_Write(plan.dataset, plan.run, plan.keep_text, heartbeat)).with_resource_hints(**plan.hints)
     _ = parts | "write" >> write
 
 
@@ -107,8 +108,8 @@ class _Cut(beam.DoFn):
 class _Read(beam.DoFn):
     """Reads a range and tokenises its documents."""
 
-    def __init__(self, dataset: Path, tokenizer: str, heartbeat: Heartbeat):
-        self._dataset, self._name, self._heartbeat = dataset, tokenizer, heartbeat
+    def __init__(self, dataset: Path, run: str, tokenizer: str, heartbeat: Heartbeat):
+        self._dataset, self._run, self._name, self._heartbeat = dataset, run, tokenizer, heartbeat
 
     def setup(self) -> None:
         self._heartbeat.start()
@@ -116,6 +117,7 @@ class _Read(beam.DoFn):
 
     def process(self, part: Range) -> Iterator[Part]:
         started = time.monotonic()
+        require_admission(self._dataset, self._run)
         try:
             documents = read(part)
         except CopyGoneError:
@@ -148,14 +150,15 @@ class _Read(beam.DoFn):
 class _Write(beam.DoFn):
     """Writes a part, then its record: from then on it is finished."""
 
-    def __init__(self, dataset: Path, keep_text: bool, heartbeat: Heartbeat):
-        self._dataset, self._keep_text, self._heartbeat = dataset, keep_text, heartbeat
+    def __init__(self, dataset: Path, run: str, keep_text: bool, heartbeat: Heartbeat):
+        self._dataset, self._run, self._keep_text, self._heartbeat = dataset, run, keep_text, heartbeat
 
     def process(self, part: Part) -> Iterator[PartRecord]:
         started = time.monotonic()
         table = pa.Table.from_batches([part.batch])
         if not self._keep_text:
             table = table.drop_columns(["text"])
+        require_admission(self._dataset, self._run)
         record = write_part(
             self._dataset,
             part.range.name,

@@ -28,7 +28,7 @@ from pipeline.options import Backend, LabelOptions, ModelSpec
 from pipeline.presets import Cluster
 from pipeline.readers import Bad, read
 from pipeline.sources import CorpusError, Range, Stream, default_part_bytes, find_files, plan
-from pipeline.write import write_part
+from pipeline.write import admit, write_part
 from schemas.files import (
     folders,
     is_remote,
@@ -133,6 +133,7 @@ def begin(
         return found
     remove_temporary(dataset)
     tokenize.save(tokenizer, dataset / TOKENIZER)
+    admit(dataset, expected.fingerprint())
     return expected
 
 
@@ -173,6 +174,7 @@ def measure(
             _reach(spec.arguments["servers"])
     work = AnnotatePlan(
         dataset=dataset,
+        run=read_manifest(dataset).fingerprint(),
         ranges=ranges,
         streams=streams,
         part_bytes=options.part_bytes,

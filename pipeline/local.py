@@ -26,6 +26,7 @@ from labelers import engines
 from pipeline.heartbeat import Counts, Heartbeat, PartCost, costs, total
 
 POLL = 0.2
+_OURS = re.compile(r"^(Model|Pipeline|Tokenizer|Dataset|RunOver|CopyGone)Error: ")  # whose messages stand by themselves
 GRACE = 5.0  # seconds that the run may take to end by itself after a worker has failed
 
 
@@ -149,7 +150,7 @@ def _last_error(text: str) -> str | None:
     if not found:
         return None
     line = re.sub(r"^(?:[a-z_]\w*\.)+(?=[A-Z])", "", _without_step(found[-1]))
-    return re.sub(r"^(ModelError|PipelineError|TokenizerError): ", "", line)  # whose messages stand by themselves
+    return _OURS.sub("", line)
 
 
 def _without_step(line: str) -> str:

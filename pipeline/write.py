@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.readers import Bad
-from schemas.files import sha256, sizes, write_atomic
+from schemas.files import DatasetError, read_bytes, sha256, sizes, write_atomic
 from schemas.manifest import RECORDS, PartRecord, deadletter_path, read_manifest, record_path, save, signals_path
 from schemas.parts import SIGNALS, select, to_parquet
 
@@ -47,6 +47,31 @@ def write_part(
     )
     save(record_path(dataset, name), record)
     return record
+
+
+class RunOverError(DatasetError):
+    """A worker whose run nobody waits for any more."""
+
+
+def admit(dataset: Path, run: str) -> None:
+    """Let the workers of a run write to a dataset, until its records are folded into the manifest or it is removed.
+
+    A launcher that is killed leaves workers of other machines behind, which would write on for hours, perhaps into
+    what stands in the place of their dataset by then.
+    """
+    write_atomic(_admission(dataset, run), b"")
+
+
+def require_admission(dataset: Path, run: str) -> None:
+    """Raises RunOverError where the run may not write any more."""
+    try:
+        read_bytes(_admission(dataset, run))
+    except FileNotFoundError:
+        raise RunOverError(f"{dataset} was finished or removed while this run went on") from None
+
+
+def _admission(dataset: Path, run: str) -> Path:
+    return dataset / RECORDS / f"run-{run[:16]}"
 
 
 def is_finished(dataset: Path, name: str) -> bool:
