@@ -139,6 +139,9 @@ def label(
     estimate: Annotated[
         bool, typer.Option("--estimate", help="Label a sample, and say what the whole corpus will take.")
     ] = False,
+    save_rates: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="With --estimate: what was measured, for lacy plan --rates.")
+    ] = None,
     on: On = None,
     image: Image = None,
     gpu: Annotated[
@@ -212,7 +215,7 @@ def label(
         if cluster:
             require_reach(cluster, options)
         if estimate:
-            run_estimate(options, policy, budget, running.debug)
+            run_estimate(options, policy, budget, save_rates, running.debug)
         else:
             run_label(options, policy, budget, action, seed, cluster, _beam_options, wait, 60 * patience, running.debug)
 
@@ -269,6 +272,40 @@ def status(
         from lacy.commands import run_status
 
         run_status(dataset, json, watch)
+
+
+@app.command(
+    epilog="Examples:  lacy plan --tokens 3B --gpu l4   lacy plan labelled --tokens 1T --gpu h100 --gpus 8 "
+    "--hours 240 --rates rates.json"
+)
+def plan(
+    dataset: Annotated[
+        str | None, typer.Argument(metavar="DATASET", help="A finished dataset, for its bytes of a token.")
+    ] = None,
+    tokens: Annotated[
+        str | None, typer.Option(metavar="N", help="Of the corpus, as 3e9 or 3B; default: the dataset's.")
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option("--bytes", metavar="N", help="Of the corpus, uncompressed, instead of its tokens.")
+    ] = None,
+    models: Annotated[int, typer.Option(min=0, help="That score: a reference and a student are 2.")] = 1,
+    gpu: Annotated[str, typer.Option(help="l4, a100 or h100.")] = "l4",
+    gpus: Annotated[int, typer.Option(min=1, help="Of one machine.")] = 1,
+    hours: Annotated[float, typer.Option(help="From start to end, where machines are not given.")] = 24.0,
+    taggers: Annotated[int | None, typer.Option(min=1, help="Machines that tag.")] = None,
+    scorers: Annotated[int | None, typer.Option(min=1, help="Machines that score.")] = None,
+    part_bytes: Annotated[int | None, typer.Option(min=1024, help="As for lacy label.")] = None,
+    rates: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="JSON or YAML with rates of your own (docs/scale.md).")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON, the rates too.")] = False,
+) -> None:
+    """Parts, machines, hours and money that a corpus takes on Dataflow, by rates that can all be replaced."""
+    with known_errors():
+        from lacy.commands import run_plan
+
+        run_plan(dataset, tokens, size, rates, json, models=models, gpu=gpu, gpus=gpus, hours=hours, taggers=taggers,
+                 scorers=scorers, part_bytes=part_bytes)  # fmt: skip
 
 
 @app.command(epilog="Example:  lacy check labelled   lacy check s3://bucket/labelled --quick")

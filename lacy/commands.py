@@ -1,5 +1,7 @@
 """What the commands do and print: the packages do the work, this tells the user about it."""
 
+import json
+import gc
 import os
 import sys
 import time
@@ -86,14 +88,38 @@ def run_label(
     _tell_decided(console, labels)
 
 
-def run_estimate(options: Any, policy: str, budget: float, debug: bool) -> None:
+def run_estimate(options: Any, policy: str, budget: float, save_rates: Path | None, debug: bool) -> None:
     from pipeline.estimate import estimate
+    from pipeline.plan import measured
 
     console = console_for_messages()
     view = _LabelProgress(console)
     with view:
         found = estimate(options, policy, budget, on_start=view.start, on_progress=view.update, debug=debug)
     _tell_estimate(found)
+    if save_rates:
+        save_rates.write_text(json.dumps(measured(found), indent=1) + "\n")
+
+
+def run_plan(
+    dataset: str | None, tokens: str | None, size: str | None, rates: Path | None, as_json: bool, **machines: Any
+) -> None:
+    from pipeline.plan import DEFAULTS, amount, plan, with_dataset, with_file
+    from pipeline.presets import UsageError
+
+    known, total = with_dataset(DEFAULTS, dataset) if dataset else (DEFAULTS, 0)
+    known = with_file(known, rates) if rates else known
+    if tokens and size:
+        raise UsageError("--tokens and --bytes: leave out one of them")
+    if not (tokens or size or dataset):
+        raise UsageError("name a DATASET, or give --tokens or --bytes of the corpus")
+    wanted = amount(size) / known["bytes_per_token"].value if size else amount(tokens) if tokens else float(total)
+    found = plan(wanted, known, **machines)
+    if as_json:
+        given = {name: rate.model_dump() for name, rate in known.items()}
+        print(json.dumps(found.model_dump() | {"rates": given}, indent=1))
+    else:
+        _tell_plan(found, known)
 
 
 def run_decide(
@@ -153,6 +179,7 @@ def run_check(dataset: str, quick: bool, workers: int) -> int:
 
     place = at(dataset)
     manifest, sets = read_complete(place), label_sets(place)
+    gc.freeze()  # records by the 100,000 that stay: not to be gone through again and again
     faults = 0
     with _Steps(console_for_messages(), "check", len(manifest.parts), "parts") as steps:
         for fault in check(place, manifest, sets, quick=quick, workers=workers, on_progress=steps.update):
@@ -255,6 +282,40 @@ def run_train(given: dict[str, Any], file: Path | None, resume: bool) -> int | N
             f"({_span(view.seconds)}); {newest(config.out) or 'no checkpoint'}{after}"
         )
     return outcome.stopped
+
+
+def _tell_plan(found: Any, rates: Any) -> None:
+    console = Console(highlight=False, soft_wrap=True)
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_column()
+
+    def row(name: str, value: str, note: str = "") -> None:
+        table.add_row(name, value, note)
+
+    row("tokens", f"{found.tokens:,.0f}", _bytes(found.corpus_bytes))
+    row("parts", f"{found.parts:,}", f"of {_bytes(found.part_bytes)}, {found.part_minutes:,.1f} minutes of a core")
+    row("tagging", f"{found.tagging_core_hours:,.0f} vCPU hours", f"on {found.taggers:,} {found.tagger}")
+    if found.scorers:
+        row("scoring", f"{found.scoring_gpu_hours:,.0f} GPU hours", f"on {found.scorers:,} {found.scorer}")
+    clock = ", ".join(f"{name} {hours:,.1f}" for name, hours in found.hours_of.items() if hours)
+    row("from start to end", f"{found.hours:,.1f} hours", clock)
+    row("through the shuffle", _bytes(found.shuffle_bytes), f"{_bytes(found.element_bytes)} a part")
+    row("signals on disk", _bytes(found.signals_bytes))
+    row("labels on disk", _bytes(found.labels_bytes))
+    row("requests", f"{found.reads + found.writes:,.0f}", f"{found.reads:,.0f} reads, {found.writes:,.0f} writes")
+    money = ", ".join(f"{name} {dollars:,.0f}" for name, dollars in found.money_of.items() if dollars)
+    row("money", f"${found.money:,.0f}", money)
+    row("a month on disk", f"${found.storage_month:,.0f}")
+    console.print(table)
+    for note in found.notes:
+        console.print(f"note: {note}")
+    console.print("\nby these rates (--rates FILE replaces any)")
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for name, rate in rates.items():
+        table.add_row(name, f"{rate.value:,.10g}", rate.source)
+    console.print(table)
 
 
 def _tell_estimate(found: Any) -> None:

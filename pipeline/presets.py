@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pipeline.options import LabelOptions
 
 TAGGER = "n2-standard-8"  # one process with spaCy for each core takes up to 2 GB; this has 4 for each
-TAGGER_CORES = 8
+TAGGER_CORES, TAGGER_RAM_GB = 8, 32
 DISK_GB = 100  # an image with CUDA and vLLM takes 20 GB, and the model comes beside it
 
 
@@ -156,6 +156,7 @@ def _dataflow(cluster: Cluster, job: str, out: str) -> list[str]:
         f"--temp_location={cluster.temp_location or f'gs://{urlsplit(out).netloc}/lacy-temp'}",
         f"--sdk_container_image={cluster.image}",
         "--sdk_location=container",
+        "--experiments=disable_logging_submission_environment",  # a list of the launcher's packages, with paths of it
         "--number_of_worker_harness_threads=1",
         f"--machine_type={TAGGER}",
         f"--disk_size_gb={DISK_GB}",
