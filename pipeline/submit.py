@@ -6,6 +6,7 @@ wait for it for ever.
 """
 
 import contextlib
+import math
 import secrets
 import threading
 import time
@@ -86,6 +87,8 @@ def run(
 
     thread = threading.Thread(target=work, daemon=True, name="job")
     thread.start()
+    if options.view_as(StandardOptions).runner == "DataflowRunner":
+        patience = math.inf  # it looks after its machines, and all parts may be tagged before the first is scored
     try:
         _watch(thread, count, on_progress, patience)
     except KeyboardInterrupt:
