@@ -1,7 +1,7 @@
 """What the commands do and print: the packages do the work, this tells the user about it."""
 
-import json
 import gc
+import json
 import os
 import sys
 import time

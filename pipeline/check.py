@@ -7,10 +7,9 @@ fault it is.
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -30,8 +29,7 @@ _COLUMNS = "columns are not those of the schema"
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class _File:
+class _File(NamedTuple):
     """What the manifest, or a label set, says of a file of a part."""
 
     part: str
@@ -151,11 +149,15 @@ def _batch(
     records: list[PartRecord],
 ) -> list[str]:
     """The faults of some parts."""
-    files = [file for record in records for file in _files(record, labels)]
-    faults = [f"{file}: {_size(file, found)}" for file in files if file.name not in found[file.folder]]
-    present = [file for file in files if file.name in found[file.folder]]
+    faults, present = [], []
+    for file in (file for record in records for file in _files(record, labels)):
+        if file.name in found[file.folder]:
+            present.append(file)
+        else:
+            faults.append(f"{file}: {_size(file, found)}")
+    folders = {folder: dataset / folder for folder in found}
     tables: dict[str, dict[str, pa.Table]] = {folder: {} for folder in found}  # by folder, by part
-    data = read_many([dataset / file.folder / file.name for file in present])
+    data = read_many([folders[file.folder] / file.name for file in present])
     for file, content in zip(present, data, strict=True):
         try:
             if sha256(content) != file.sha256:
