@@ -54,17 +54,22 @@ Patience = Annotated[
 ]
 
 
-@app.callback()
-def _main(
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and the libraries' logs.")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
-) -> None:
-    running.debug = debug
-    if version:
+def _tell_version(asked: bool) -> None:
+    if asked:
         from lacy import __version__
 
         typer.echo(f"lacy {__version__}")
         raise typer.Exit
+
+
+@app.callback()
+def _main(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and the libraries' logs.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_tell_version)
+    ] = False,
+) -> None:
+    running.debug = debug
 
 
 @app.command(

@@ -2,6 +2,7 @@
 
 import pytest
 
+from lacy import __version__
 from tests.conftest import run_lacy, told
 from tests.pipeline import corpora
 
@@ -12,6 +13,11 @@ def test_help_names_every_command():
     done = run_lacy("--help")
     assert done.returncode == 0
     assert all(command in done.stdout for command in COMMANDS if " " not in command)
+
+
+def test_the_version_needs_no_command():
+    done = run_lacy("--version")
+    assert (done.returncode, done.stdout) == (0, f"lacy {__version__}\n")
 
 
 def test_help_loads_nothing_heavy():
