@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import stat
 import sys
 from collections.abc import Iterator
@@ -89,18 +90,30 @@ def _answer(connection: duckdb.DuckDBPyConnection, sql: str, form: str, out: Tex
         _write_json(columns, rows, out)
 
 
+def require_place(out: Path, dataset: Path) -> None:
+    """Raises UsageError where no file can be written, and in the dataset, whose files belong to its manifest."""
+    if isinstance(dataset, Path) and out.resolve().is_relative_to(dataset.resolve()):
+        raise UsageError(f"--out {out} is in the dataset, which is only read here: write beside it")
+    if out.is_dir():
+        raise UsageError(f"--out {out} is a folder: name a file in it")
+    folder = next(parent for parent in out.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UsageError(
+            f"--out {out} cannot be written: {folder} is {'read-only' if folder.is_dir() else 'no folder'}"
+        )
+
+
 @contextmanager
 def destination(path: Path | None, dataset: Path) -> Iterator[TextIO]:
     """Where an answer goes: to stdout, or to a file that is there when it is whole.
 
-    Raises UsageError for a file in the dataset, whose files belong to its manifest.
+    Raises UsageError as `require_place` does.
     """
     if path is None:
         yield sys.stdout
         sys.stdout.flush()
         return
-    if isinstance(dataset, Path) and path.resolve().is_relative_to(dataset.resolve()):
-        raise UsageError(f"--out {path} is in the dataset, which is only read here: write beside it")
+    require_place(path, dataset)
     special = path.exists() and not stat.S_ISREG(path.stat().st_mode)  # a pipe, /dev/null
     with open(path, "wb") if special else open_atomic(path) as file:
         text = io.TextIOWrapper(file, encoding="utf-8", newline="")

@@ -26,6 +26,7 @@ from schemas.files import write_atomic
 from schemas.manifest import DatasetError, Manifest, at, label_sets, read_complete
 from schemas.printable import printable
 from stats import excerpts
+from stats.answers import require_place
 from stats.compute import compute
 from stats.figures import BIN_WIDTH, BINS, QUANTILES, Agreement, Losses, Stats
 
@@ -53,10 +54,12 @@ def write(
     at most TOKENS, and fewer where the page would get too large otherwise. `on_stage` hears what is being done.
 
     Raises DatasetError for a dataset that is missing, unfinished or damaged, and for a label set or a document that it
-    does not have; SqlError for a condition that DuckDB does not understand; OSError where `out` cannot be written.
+    does not have; SqlError for a condition that DuckDB does not understand; UsageError where `out` cannot be written
+    or is in the dataset.
     """
     folder = at(dataset)
     manifest = read_complete(folder)
+    require_place(Path(out), folder)
     if isinstance(documents, int) and documents < 0:
         raise DatasetError(f"{documents} documents: give 0 or more, or their ids")
     figures = compute(folder, labels, where=where, on_stage=on_stage)

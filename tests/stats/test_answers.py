@@ -155,6 +155,13 @@ def test_nothing_is_written_into_the_dataset(small, tmp_path):
     assert not (small / "new").exists()
 
 
+def test_where_no_file_can_be_is_said_at_once(small, tmp_path):
+    (tmp_path / "file").touch()
+    for out, says in ((tmp_path, "is a folder: name a file in it"), (tmp_path / "file" / "x", "file is no folder")):
+        with pytest.raises(UsageError, match=says):
+            to_file(small, "SELECT 1", "csv", out)
+
+
 def test_a_device_is_written_to_and_not_replaced(small, tmp_path):
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)

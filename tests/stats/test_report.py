@@ -13,6 +13,7 @@ from schemas.codes import DELEGATE, ENT_TYPES, IGNORE, LEARN, POS
 from schemas.manifest import DatasetError
 from schemas.printable import printable
 from stats import excerpts, report
+from stats.answers import UsageError
 from stats.compute import compute
 from stats.connect import SqlError
 from tests.stats import conftest
@@ -216,6 +217,10 @@ def test_errors_say_what_to_do(dataset, tmp_path):
         report.write(dataset, out, documents=-1)
     with pytest.raises(DatasetError, match=r"is not a dataset"):
         report.write(tmp_path, out)
+    with pytest.raises(UsageError, match=r"is in the dataset"):
+        report.write(dataset, dataset / "labels" / "r.html")
+    with pytest.raises(UsageError, match=r"is a folder"):
+        report.write(dataset, tmp_path)
     assert out.read_text() == "as it was"
 
 
