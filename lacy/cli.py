@@ -50,7 +50,8 @@ WorkerPool = Annotated[
 ]
 Wait = Annotated[bool, typer.Option("--wait/--no-wait", help="End when a job is submitted; run it again to finish.")]
 Patience = Annotated[
-    float, typer.Option(min=0, help="Minutes without a finished part after which a job is given up and cancelled.")
+    float | None,
+    typer.Option(min=0, help="Minutes without a finished part until a job is cancelled; default: 30, Dataflow none."),
 ]
 
 
@@ -161,7 +162,7 @@ def label(
     job_endpoint: JobEndpoint = None,
     worker_pool: WorkerPool = None,
     wait: Wait = True,
-    patience: Patience = 30.0,
+    patience: Patience = None,
 ) -> None:
     """Label a corpus: measure every token, then decide which to learn and which to delegate.
 
@@ -222,7 +223,7 @@ def label(
         if estimate:
             run_estimate(options, policy, budget, save_rates, running.debug)
         else:
-            run_label(options, policy, budget, action, seed, cluster, _beam_options, wait, 60 * patience, running.debug)
+            run_label(options, policy, budget, action, seed, cluster, _beam_options, wait, patience, running.debug)
 
 
 @app.command(epilog="Example:  lacy decide labelled --policy loss --budget 0.2")

@@ -51,7 +51,7 @@ def run_label(
     cluster: Any,
     beam_options: list[str],
     wait: bool,
-    patience: float,
+    patience: float | None,
     debug: bool,
 ) -> None:
     from labelers.policies import require
@@ -72,7 +72,7 @@ def run_label(
             on_submit=lambda job: console.print(f"submitted: {job}"),
             on_progress=view.update,
             wait=wait,
-            patience=patience,
+            patience=None if patience is None else 60 * patience,
             debug=debug,
         )
     if manifest.state != "complete":

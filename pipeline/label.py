@@ -74,7 +74,7 @@ def annotate(
     on_submit: Callable[[str], None] | None = None,
     on_progress: Callable[[Counts], None] | None = None,
     wait: bool = True,
-    patience: float = submit.PATIENCE,
+    patience: float | None = None,
     debug: bool = False,
 ) -> Manifest:
     """Measure every document of the corpus and return the manifest of the finished dataset.

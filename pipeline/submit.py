@@ -46,15 +46,15 @@ def run(
     on_submit: Callable[[str], None] | None = None,
     on_progress: Callable[[Counts], None] | None = None,
     wait: bool = True,
-    patience: float = PATIENCE,
+    patience: float | None = None,
 ) -> None:
     """Submit the graph that `build` adds to a pipeline, and wait until the job has ended.
 
     count: what is finished, by the dataset (`counter`)
     on_submit: told the job's id
     wait: False ends when the job is submitted
-    patience: seconds without a newly finished part after which the job is given up and cancelled; before the first
-        one it has an hour
+    patience: seconds without a newly finished part after which the job is given up and cancelled, before the first one
+        an hour at least; None: PATIENCE, and without end on Dataflow
 
     Raises RunError when the job cannot be submitted, fails, or stands still; KeyboardInterrupt, with what became of
     the job, on Ctrl-C.
@@ -87,8 +87,8 @@ def run(
 
     thread = threading.Thread(target=work, daemon=True, name="job")
     thread.start()
-    if options.view_as(StandardOptions).runner == "DataflowRunner":
-        patience = math.inf  # it looks after its machines, and all parts may be tagged before the first is scored
+    if patience is None:  # Dataflow looks after its machines, and may tag all parts before the first is scored
+        patience = math.inf if options.view_as(StandardOptions).runner == "DataflowRunner" else PATIENCE
     try:
         _watch(thread, count, on_progress, patience)
     except KeyboardInterrupt:
