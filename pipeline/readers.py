@@ -9,7 +9,7 @@ import json
 from bz2 import BZ2File
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -120,14 +120,14 @@ def _json_type(value: Any) -> str:
     return names.get(type(value), "null" if value is None else type(value).__name__)
 
 
-def open_file(path: str) -> BinaryIO:
+def open_file(path: str) -> io.BufferedReader:
     """A corpus file as it lies there, compressed or not, to read from its beginning. Raises OSError."""
     if "://" not in path:
         return open(path, "rb")
     return io.BufferedReader(RemoteFile(path, ahead=STREAM), CHUNK)
 
 
-def _open_range(part: Range) -> BinaryIO:
+def _open_range(part: Range) -> io.BufferedReader:
     """The same, to read a range of it: with one request to a store, where its last record is not long."""
     try:
         if "://" not in part.path:
@@ -178,8 +178,9 @@ def records(chunks: Iterator[bytes], start_mark: bytes, end_mark: bytes) -> Iter
 MARKS = {"jsonl": (b"", b"\n"), "xml": (b"<page>", b"</page>")}
 
 
-def read_chunks(file: BinaryIO | BZ2File) -> Iterator[bytes]:
-    while chunk := file.read(CHUNK):
+def read_chunks(file: io.BufferedReader | BZ2File) -> Iterator[bytes]:
+    """What is there already comes first: of a store, no more is fetched than is used."""
+    while chunk := file.read1(CHUNK):
         yield chunk
 
 

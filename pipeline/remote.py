@@ -33,7 +33,8 @@ class RemoteFile(io.RawIOBase):
     """An object of a store, to read and seek in.
 
     start, end  fetched at once, with the first request; without them the first request asks for the size
-    ahead       at least so many bytes are fetched with each other request
+    ahead       at least so many bytes are fetched with each other request, and what is there already is read first;
+                without it, a read is whole, and one request
     size        of the object, where it is known
 
     Raises FileNotFoundError where there is none; DatasetError, then and later, when the store goes on failing.
@@ -64,9 +65,8 @@ class RemoteFile(io.RawIOBase):
         return self._place
 
     def readinto(self, buffer: Any) -> int:
-        """Fills the buffer, but at the end of the file."""
         target, filled = memoryview(buffer).cast("B"), 0
-        while filled < len(target):
+        while filled < len(target) and not (filled and self._ahead):
             offset = self._place - self._begin
             if not 0 <= offset < len(self._window):
                 if self._place >= self._find_size():

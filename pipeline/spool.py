@@ -11,8 +11,8 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 import zstandard
 
@@ -122,7 +122,7 @@ def _buffers(file: gzip.GzipFile | bz2.BZ2File) -> Iterator[bytes]:
         yield chunk
 
 
-def _unzstd(file: BinaryIO) -> Iterator[bytes]:
+def _unzstd(file: BufferedReader) -> Iterator[bytes]:
     decoder, started = zstandard.ZstdDecompressor().decompressobj(), False
     for chunk in read_chunks(file):
         while chunk:
@@ -135,7 +135,7 @@ def _unzstd(file: BinaryIO) -> Iterator[bytes]:
         raise EOFError("the last frame is not complete")
 
 
-_OPENERS: dict[str, Callable[[BinaryIO], Iterator[bytes]]] = {
+_OPENERS: dict[str, Callable[[BufferedReader], Iterator[bytes]]] = {
     "gzip": lambda file: _buffers(gzip.GzipFile(fileobj=file)),
     "bzip2": lambda file: _buffers(bz2.BZ2File(file)),
     "zstd": _unzstd,

@@ -23,8 +23,8 @@ import fsspec
 from fsspec.config import conf
 
 TEMPORARY = ".tmp"
-ATTEMPTS: Final = 7  # for one request to a store; the libraries make some of their own for each
-FIRST_PAUSE: Final = 0.2  # seconds, at most; doubles, and is drawn at random so that workers do not return together
+PATIENCE = 60.0  # seconds after which a store that goes on failing is given up
+FIRST_PAUSE = 0.2  # seconds, at most; doubles, and is drawn at random so that workers do not return together
 LONGEST_PAUSE: Final = 20.0
 CONNECTIONS: Final = 64  # to a store, of one process
 READERS: Final = 16  # threads that read local files
@@ -36,8 +36,11 @@ CREDENTIALS: Final = {
 
 _PACKAGES: Final = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
 
-# botocore's ten connections would be what reading many small objects waits for.
-conf.setdefault("s3", {}).setdefault("config_kwargs", {}).setdefault("max_pool_connections", CONNECTIONS)
+# Of botocore: its ten connections would be what reading many small objects waits for, and its retries of retries
+# would make minutes of each attempt.
+_S3 = conf.setdefault("s3", {}).setdefault("config_kwargs", {})
+_S3.setdefault("max_pool_connections", CONNECTIONS)
+_S3.setdefault("retries", {"mode": "standard", "total_max_attempts": 2})
 
 T = TypeVar("T")
 
@@ -191,16 +194,16 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def patiently(request: Callable[[], T], what: object, attempts: int = ATTEMPTS) -> T:
+def patiently(request: Callable[[], T], what: object) -> T:
     """The result of a request to a store, made again while it fails in a way that may pass.
 
     Raises FileNotFoundError and FileExistsError as they come; DatasetError, which names `what`, for all else.
     """
-    from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
+    from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
     retrying = Retrying(
         retry=retry_if_exception(_is_transient),
-        stop=stop_after_attempt(attempts),
+        stop=stop_after_delay(PATIENCE),
         wait=wait_random_exponential(FIRST_PAUSE, LONGEST_PAUSE),
         reraise=True,
     )

@@ -61,8 +61,10 @@ def s3_server() -> Iterator[Store]:
         for name, value in NAMES.items():
             patch.setenv(name, value)
         patch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        fsspec.get_filesystem_class("s3").clear_instance_cache()  # they know the endpoint of another test
         direct = fsspec.filesystem("s3", endpoint_url=f"http://{address}", skip_instance_cache=True)
-        direct.mkdir("bucket")
+        with suppress(FileExistsError):  # all servers of a process share their buckets
+            direct.mkdir("bucket")
         yield Store("s3://bucket", proxy, direct)
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     server.stop()
@@ -103,4 +105,10 @@ SERVERS = {"s3": s3_server, "gs": gcs_server}
 @pytest.fixture(scope="module", params=["s3", "gs"])
 def store(request) -> Iterator[Store]:
     with SERVERS[request.param]() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[Store]:
+    with s3_server() as found:
         yield found
