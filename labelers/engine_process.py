@@ -20,7 +20,7 @@ from multiprocessing.connection import Connection, Listener
 from pathlib import Path
 from typing import Any
 
-IDLE_SECONDS = 300.0  # without a client: on a cluster nobody tells an engine that the run is over
+IDLE_SECONDS = 60.0  # without a client: on a cluster nobody tells an engine that the run is over
 
 
 def main() -> None:

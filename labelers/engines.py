@@ -81,7 +81,7 @@ class Engines:
     """The engines of one spec, as one worker sees them; threads may share it.
 
     folder      of the run on this machine (`run_folder`)
-    launcher    process without which the engines end; 0: they end when no worker has been connected for minutes
+    launcher    process without which the engines end; 0: they end when no worker has been connected for a minute
     on_restart  called when an engine has been started again
     """
 

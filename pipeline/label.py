@@ -196,7 +196,7 @@ def measure(
             graph, workers=options.workers, beam_options=beam_options, on_progress=on_progress, debug=debug
         )
     count = submit.counter(dataset, committed, {part.name: part.end - part.start for part in ranges})
-    submit.run(graph, beam_options=beam_options or [], count=count, on_progress=on_progress, **far)
+    submit.run(graph, beam_options=beam_options or [], name=work.run[:16], count=count, on_progress=on_progress, **far)
     return [] if far.get("wait", True) else None
 
 

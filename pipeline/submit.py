@@ -42,6 +42,7 @@ def run(
     build: Callable[[beam.Pipeline, Heartbeat], None],
     *,
     beam_options: list[str],
+    name: str | None = None,
     count: Callable[[], Counts],
     on_submit: Callable[[str], None] | None = None,
     on_progress: Callable[[Counts], None] | None = None,
@@ -50,6 +51,7 @@ def run(
 ) -> None:
     """Submit the graph that `build` adds to a pipeline, and wait until the job has ended.
 
+    name: of the run; one of the same name finds its engines, where some still stand
     count: what is finished, by the dataset (`counter`)
     on_submit: told the job's id
     wait: False ends when the job is submitted
@@ -64,7 +66,7 @@ def run(
         pipeline = beam.Pipeline(options=options)
     except ValueError as error:  # options that the runner refuses
         raise RunError(str(error).splitlines()[-1]) from error
-    build(pipeline, Heartbeat(None, secrets.token_hex(8)))
+    build(pipeline, Heartbeat(None, name or secrets.token_hex(8)))
     try:
         result: Any = pipeline.run()  # in this thread: some runners of Beam set signal handlers
     except grpc.FutureTimeoutError:
