@@ -3,8 +3,8 @@
     python experiments/paper.py smoke --dataset labelled-4k --partner smollm2-135m --out paper
 
 trains each objective until as many tokens have had the gradient of their true token, evaluates every run in the same
-way, and prints one table over all of them. A command that is done is not run again, and an interrupted training goes
-on from its last checkpoint: say the same again to go on.
+way, and prints one table over all of them. A command that is done is not run again, an evaluation not on the same
+checkpoint, and an interrupted training goes on from its last checkpoint: say the same again to go on.
 
     smoke   a model of a million parameters on two CPU cores, in less than 40 minutes
     small   334M parameters on one GPU, in about an hour
@@ -25,6 +25,8 @@ from typing import Annotated
 
 import numpy as np
 import typer
+
+from trainer.checkpoint import newest
 
 LACY = str(Path(sys.executable).with_name("lacy"))
 COMMON = {"holdout": 0.1, "seed": 0}
@@ -71,17 +73,20 @@ def main(
         flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
         step(out, [*trainer, "train", dataset, "--out", run, "--objective", run.name, *flags, "--resume"])
     for run in runs:
+        trained = newest(run)
+        assert trained is not None, "training ends with a checkpoint"
+        of = trained.name
         # <CALL> was never trained: the strongest that such a model can do is to call where it is unsure
         score = "uncertainty" if run.name == "standard" or run.name.startswith("ignore") else "margin"
         calls = ["--partner", partner, "--budget", str(budget), "--call-score", score]
-        step(out, [LACY, "eval", "delegation", run, "--fit"])
-        step(out, [LACY, "eval", "leakage", run, *asked])
-        step(out, [LACY, "eval", "leakage", run, *asked, *calls])
-        step(out, [LACY, "eval", "nlu", run, *(word for name in tasks for word in ("--task", name))])
+        step(out, [LACY, "eval", "delegation", run, "--fit"], of)
+        step(out, [LACY, "eval", "leakage", run, *asked], of)
+        step(out, [LACY, "eval", "leakage", run, *asked, *calls], of)
+        step(out, [LACY, "eval", "nlu", run, *(word for name in tasks for word in ("--task", name))], of)
         if entities and knowledge and judge:
             server = ["--judge-server", judge_server] if judge_server else []
             about = ["--entities", entities, "--knowledge", knowledge, "--judge", judge, *server]
-            step(out, [LACY, "eval", "factscore", run, *about, *calls])
+            step(out, [LACY, "eval", "factscore", run, *about, *calls], of)
     alone = as_run(partner, out / "partner")
     if alone:
         documents = ["--dataset", dataset, *held, "--documents", "held-out"]
@@ -102,12 +107,13 @@ def _pair(given: str) -> tuple[str, object]:
     return name.replace("_", "-"), value
 
 
-def step(out: Path, command: list[object]) -> None:
-    """Run a command, unless it was done before."""
+def step(out: Path, command: list[object], of: str = "") -> None:
+    """Run a command, unless it was done before, on the checkpoint `of` where it is of one."""
     words = [str(word) for word in command]
     shown = shlex.join(["lacy" if word == LACY else word for word in words])
     done = out / "done.jsonl"
-    if done.exists() and shown in (json.loads(line)["command"] for line in done.read_text().splitlines()):
+    lines = map(json.loads, done.read_text().splitlines()) if done.exists() else []
+    if any((line["command"], line["of"]) == (shown, of) for line in lines):
         print(f"== {shown}\n   done before", flush=True)
         return
     print(f"== {shown}", flush=True)
@@ -116,7 +122,7 @@ def step(out: Path, command: list[object]) -> None:
         sys.exit(f"stopped at: {shown}\nthe same command goes on from here")
     out.mkdir(parents=True, exist_ok=True)
     with open(done, "a") as file:
-        file.write(json.dumps({"command": shown, "seconds": round(time.monotonic() - began)}) + "\n")
+        file.write(json.dumps({"command": shown, "of": of, "seconds": round(time.monotonic() - began)}) + "\n")
 
 
 def as_run(partner: str, folder: Path) -> Path | None:

@@ -10,6 +10,7 @@ import pytest
 
 from tests.conftest import run_lacy
 from tests.pipeline import corpora
+from trainer import logs
 
 ROOT = Path(__file__).parent.parent.parent
 RECIPE = ROOT / "experiments" / "paper.py"
@@ -34,6 +35,9 @@ def test_a_step_is_done_once(recipe, tmp_path, capsys):
     with pytest.raises(SystemExit, match="goes on from here"):
         recipe.step(tmp_path, [sys.executable, "-c", "raise SystemExit(3)"])
     assert len((tmp_path / "done.jsonl").read_text().splitlines()) == 1
+    for _ in range(2):
+        recipe.step(tmp_path, command, "step-2")
+    assert count.read_text() == "xx", "on another checkpoint"
 
 
 def test_a_partner_has_results_of_its_own(recipe, tmp_path, small_model):
@@ -58,6 +62,12 @@ def test_the_whole_recipe(tmp_path, small_model):
         done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=500, cwd=ROOT)
         assert done.returncode == 0, done.stderr
     assert done.stdout.count("done before") == done.stdout.count("== ") == 11
+    learnt = [logs.read(tmp_path / "paper" / name)[-1] for name in ("lacy", "standard")]
+    assert all(3000 <= last["gt_tokens"] < 3000 + last["tokens"] / last["step"] for last in learnt), "as many of each"
+    command[-3] = "gt-tokens=6000"
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=500, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("done before") == 1, "all but the partner alone is measured anew"
     [row, other] = [line for line in done.stdout.splitlines() if line.split()[:1] in (["lacy"], ["standard"])][:2]
     assert row.count(" % ") + row.count(" %") >= 3 and other.split()[0] == "standard"
     assert (tmp_path / "paper" / "compare.html").read_text().startswith("<!doctype html>")
