@@ -92,8 +92,7 @@ def annotate(
         raise DatasetError(f"{dataset} has files in it but is no dataset: name a new folder with --out")
     with _locked(dataset):
         tokenizer, specs = models_of(options, cluster)
-        manifest = begin(options, files, tokenizer, specs)
-        if manifest.state == "complete":
+        if begin(options, files, tokenizer, specs).state == "complete":
             return finish(dataset, options.max_bad)
         assert options.part_bytes is not None
         planned: list[Range | Stream] = plan(files, options.part_bytes)
@@ -108,7 +107,7 @@ def annotate(
             if read_manifest(dataset).state != "complete":
                 raise
             costs = []
-        return manifest if costs is None else finish(dataset, options.max_bad)
+        return read_manifest(dataset) if costs is None else finish(dataset, options.max_bad)
 
 
 def begin(
