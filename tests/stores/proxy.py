@@ -1,9 +1,8 @@
 """A proxy that stands before a store and does to it what networks and stores do.
 
-    with StoreProxy("127.0.0.1:5000", every=7) as proxy:
-        ...  # proxy.url is what clients are told
-
-Each seventh request meets a fault, of the kinds in turn, so that the same requests meet the same faults.
+with StoreProxy("127.0.0.1:5000") as proxy:
+    proxy.every(7)  # each seventh request meets a fault, of the kinds in turn
+    ...  # proxy.url is what clients are told
 """
 
 import http.client
@@ -33,7 +32,7 @@ class Request:
 
 
 class StoreProxy:
-    """`upstream`, host and port; a fault for each request of number `every`, 2 * `every`, ..., or as `fault` says.
+    """`upstream`: host and port. `fault` says what a request meets, by its method and path.
 
     500, 503  is answered, and the store knows nothing of it
     slow      is answered late
@@ -42,11 +41,15 @@ class StoreProxy:
     cut       the same, in the middle of the answer
     """
 
-    def __init__(self, upstream: str, *, every: int = 0, kinds: Sequence[Kind] = KINDS):
+    def __init__(self, upstream: str):
         self.upstream = upstream
         self.requests: list[Request] = []
-        self.fault: Callable[[str, str], Kind | None] = lambda method, path: self._in_turn(every)
-        self._kinds, self._count, self._lock = itertools.cycle(kinds), 0, threading.Lock()
+        self.fault: Callable[[str, str], Kind | None] = lambda method, path: None
+
+    def every(self, number: int, kinds: Sequence[Kind] = KINDS) -> None:
+        """From now on each request of this number meets a fault; 0: none does."""
+        turn, count = itertools.cycle(kinds), itertools.count(1)
+        self.fault = lambda method, path: next(turn) if number and next(count) % number == 0 else None
 
     def __enter__(self) -> "StoreProxy":
         self._server = Server(("127.0.0.1", 0), type("_Handler", (_Handler,), {"proxy": self}))
@@ -62,11 +65,6 @@ class StoreProxy:
 
     def faults(self) -> set[Kind]:
         return {request.fault for request in self.requests if request.fault}
-
-    def _in_turn(self, every: int) -> Kind | None:
-        with self._lock:
-            self._count += 1
-            return next(self._kinds) if every and self._count % every == 0 else None
 
 
 class _Handler(BaseHTTPRequestHandler):

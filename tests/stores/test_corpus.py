@@ -12,6 +12,7 @@ from pipeline.sources import CorpusError, Range, find_files, plan
 from schemas import files
 from schemas.manifest import DatasetError, at
 from tests.pipeline import corpora
+from tests.stores.proxy import KINDS
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +22,7 @@ def quick(monkeypatch):
 
 @pytest.fixture
 def quiet(store):
-    store.proxy.fault = lambda method, path: None
+    store.proxy.every(0)
     store.proxy.requests.clear()
 
 
@@ -55,11 +56,9 @@ def test_the_documents_of_the_folder(store, quiet, tmp_path):
     upload(store, corpus, url)
     here = read_all(corpus, 4000, tmp_path / "d")
     assert sum(len(ids) for _, ids, *_ in here) > 150 and sum(len(part[3]) for part in here) == 3
-    every, count = 6, iter(range(1, 1 << 30))
-    kinds = iter(["500", "cut", "reset", "503", "lost"] * 100)
-    store.proxy.fault = lambda method, path: next(kinds) if next(count) % every == 0 else None
+    store.proxy.every(6)
     assert read_all(url, 4000, at(f"{store.new()}/d")) == here
-    assert {"500", "cut", "reset", "503", "lost"} <= store.proxy.faults()
+    assert store.proxy.faults() == set(KINDS)
 
 
 def test_files_are_found(store, quiet):
@@ -125,7 +124,7 @@ def test_a_store_that_is_down_makes_no_dead_letters(s3, monkeypatch):
         read(part)
     with pytest.raises(CorpusError, match="cannot be reached"):
         find_files([url])
-    s3.proxy.fault = lambda method, path: None
+    s3.proxy.every(0)
     assert len(read(part).ids) == 3
 
 
