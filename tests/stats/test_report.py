@@ -388,8 +388,10 @@ def test_the_slider_relabels(visit, page, documents, rule):
             if token and nll >= threshold and (rule == "loss" or signals["factual"][token])
         ]
 
+    width = shown.locator("#threshold").bounding_box()["width"]
     for threshold in (9.2, 3.3, 0):
         shown.locator("#threshold").fill(str(threshold))
+        assert shown.locator("#threshold").bounding_box()["width"] == width, "it keeps its size while it is dragged"
         assert tokens(shown, "delegate") == pieces(documents[3], chosen(documents[3], threshold))
         share = sum(len(chosen(d, threshold)) for d in documents) / sum(len(d.spans) for d in documents)
         assert (
@@ -549,27 +551,34 @@ def test_dark(visit, page):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_shades_are_told_apart_without_hue(visit, page, scheme):
-    """The more loss, the further from the page in luminance; and what is delegated is not said by colour alone."""
+    """The more loss, the further from the page in luminance; and lines that are seen on each say what is delegated."""
     shown = opened(visit, page, color_scheme=scheme)
     shown.get_by_label("loss", exact=True).check()
     found = shown.locator("#legend .swatch").evaluate_all(
         "all => all.map((of) => getComputedStyle(of).backgroundColor.match(/[0-9]+/g).map(Number))"
     )
-    luminance = [0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2 for red, green, blue in found]
-    assert len(found) == 8 and luminance == sorted(luminance, reverse=scheme == "light")
-    marks = {
-        kind: shown.locator("#text").evaluate(
-            """(text, kind) => {
-                const span = text.appendChild(document.createElement("span"));
-                span.className = kind;
-                const style = getComputedStyle(span);
-                return [style.textDecorationLine, style.textDecorationStyle];
-            }""",
-            kind,
-        )
-        for kind in ("", "delegate", "ignore")
-    }
-    assert marks == {"": ["none", "solid"], "delegate": ["underline", "solid"], "ignore": ["underline", "dashed"]}
+    light = [luminance(colour) for colour in found]
+    assert len(found) == 8 and light == sorted(light, reverse=scheme == "light")
+    for kind, style in (("delegate", "solid"), ("ignore", "dashed")):
+        for place, back in enumerate(light):
+            line, colour, drawn = shown.locator("#text").evaluate(
+                """(text, kind) => {
+                    const span = text.appendChild(document.createElement("span"));
+                    span.className = kind;
+                    const style = getComputedStyle(span);
+                    const colour = style.textDecorationColor.match(/[0-9]+/g).map(Number);
+                    return [style.textDecorationLine, colour, style.textDecorationStyle];
+                }""",
+                f"{kind} shade{place}",
+            )
+            low, high = sorted((back, luminance(colour)))
+            assert (line, drawn) == ("underline", style) and (high + 0.05) / (low + 0.05) >= 3, (kind, place)
+
+
+def luminance(colour: list[int]) -> float:
+    """Relative, as WCAG 2 defines it."""
+    red, green, blue = (of / 255 / 12.92 if of <= 10 else ((of / 255 + 0.055) / 1.055) ** 2.4 for of in colour)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
 def test_the_list_of_documents(visit, page, documents):
