@@ -165,7 +165,7 @@ def measure(
         return []
     # Beam's RunInference brings torch: a run that has nothing to measure does without.
     from labelers import grammar
-    from pipeline.annotate import AnnotatePlan, build
+    from pipeline.annotate import AnnotatePlan, build, for_other_folders
 
     grammar.load_pipeline(options.spacy)  # fails here, in one line, when there is none
     for spec in specs.values():
@@ -187,10 +187,14 @@ def measure(
         hints=hints or {},
     )
 
+    elsewhere = submit.elsewhere(beam_options)
+    if elsewhere:
+        work = for_other_folders(work)
+
     def graph(pipeline: Any, heartbeat: Heartbeat) -> None:
         build(pipeline, work, heartbeat)
 
-    if not submit.elsewhere(beam_options):
+    if not elsewhere:
         return local.run(
             graph, workers=options.workers, beam_options=beam_options, on_progress=on_progress, debug=debug
         )

@@ -44,6 +44,7 @@ class Stream:
 
     index: int
     source: str
+    path: str  # where workers find it
     format: str
     compression: str
 
@@ -99,7 +100,7 @@ def plan(files: list[CorpusFile], part_bytes: int) -> list[Range | Stream]:
         assert kind is not None, f"{file.path} was found by its kind"
         form, compression = kind
         if compression:
-            planned.append(Stream(index, file.path, form, compression))
+            planned.append(Stream(index, file.path, file.path, form, compression))
         elif form == "txt":
             planned.append(Range(part_name(index, 0), file.path, file.path, form, 0, file.bytes))
         else:

@@ -79,7 +79,7 @@ def expansion(stream: Stream) -> float:
     """Uncompressed bytes for each byte of a stream, by its first 8 MiB; 1.0 where nothing can be read."""
     size = 0
     try:
-        with open_file(stream.source) as file:
+        with open_file(stream.path) as file:
             for chunk in _OPENERS[stream.compression](file):
                 size += len(chunk)
                 if size >= EXPANSION_BYTES:
@@ -110,7 +110,7 @@ def _whole(chunks: Iterator[bytes]) -> Iterator[tuple[int, bytes | None]]:
 def _decompress(stream: Stream, breaks: list[str]) -> Iterator[bytes]:
     """Uncompressed chunks; a break of the stream ends them and is told in `breaks`."""
     try:
-        with open_file(stream.source) as file:
+        with open_file(stream.path) as file:
             yield from _OPENERS[stream.compression](file)
     except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
         breaks.append(f"{stream.compression} stream breaks off: {str(error).splitlines()[0]}")

@@ -208,7 +208,8 @@ def test_the_request_stays_far_below_the_limit_with_100000_parts():
     names = [(shard, start) for shard in range(2500) for start in range(0, 40 << 20, 1 << 20)]
     places = [(shard, start, f"gs://bucket/corpus/shard-{shard:05d}.jsonl") for shard, start in names]
     ranges = [Range(part_name(shard, at), path, path, "jsonl", at, at + (1 << 20)) for shard, at, path in places]
-    streams = [Stream(shard, f"gs://bucket/corpus/{shard:05d}.jsonl.gz", "jsonl", "gzip") for shard in range(2500)]
+    urls = [f"gs://bucket/corpus/{shard:05d}.jsonl.gz" for shard in range(2500)]
+    streams = [Stream(shard, url, url, "jsonl", "gzip") for shard, url in enumerate(urls)]
     plan = AnnotatePlan(
         dataset=at("gs://bucket/labelled"),
         run="run",
