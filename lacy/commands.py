@@ -56,11 +56,32 @@ def run_label(
 ) -> None:
     from labelers.policies import require
     from pipeline.decide import decide, decided
-    from pipeline.label import annotate
 
     have = {role: getattr(options, role) is not None for role in ("reference", "student", "judge")}
     require(policy, action, **have)
     console = console_for_messages()
+    if not _annotate(console, options, cluster, beam_options, wait, patience, debug):
+        console.print("lacy status tells how far it is; the same command finishes it")
+    elif found := decided(options.out, policy, budget=budget, action=action, seed=seed):
+        _tell_decided(console, found, "as decided before, ")
+    else:
+        on_cluster = _options_of(cluster, "decide", options.out, beam_options)
+        labels = decide(options.out, policy, budget=budget, action=action, seed=seed, beam_options=on_cluster)
+        _tell_decided(console, labels)
+
+
+def _annotate(
+    console: Console,
+    options: Any,
+    cluster: Any,
+    beam_options: list[str],
+    wait: bool,
+    patience: float | None,
+    debug: bool,
+) -> bool:
+    """Whether the dataset is complete now."""
+    from pipeline.label import annotate
+
     view = _LabelProgress(console)
     started = time.monotonic()
     with view:
@@ -75,17 +96,10 @@ def run_label(
             patience=None if patience is None else 60 * patience,
             debug=debug,
         )
-    if manifest.state != "complete":
-        console.print("lacy status tells how far it is; the same command finishes it")
-        return
-    _tell_annotated(console, manifest, time.monotonic() - started, view.scored, options.out)
-    if found := decided(options.out, manifest, policy, budget=budget, action=action, seed=seed):
-        console.print(f"labels/{found.name} is there already: decided so, for the same parts")
-        _tell_decided(console, found)
-        return
-    on_cluster = _options_of(cluster, "decide", options.out, beam_options)
-    labels = decide(options.out, policy, budget=budget, action=action, seed=seed, beam_options=on_cluster)
-    _tell_decided(console, labels)
+    complete = manifest.state == "complete"
+    if complete:
+        _tell_annotated(console, manifest, time.monotonic() - started, view.scored, options.out)
+    return complete
 
 
 def run_estimate(options: Any, policy: str, budget: float, save_rates: Path | None, debug: bool) -> None:
@@ -423,12 +437,12 @@ def _tell_annotated(console: Console, manifest: Manifest, seconds: float, scored
         console.print(f"{manifest.bad:,} bad records: see {out / 'deadletter'}", style="yellow")
 
 
-def _tell_decided(console: Console, labels: LabelSet) -> None:
+def _tell_decided(console: Console, labels: LabelSet, how: str = "") -> None:
     verb = "delegated" if labels.action == "delegate" else "ignored"
     note = ""
     if labels.budget is not None and labels.candidates < round(labels.budget * labels.tokens):
         note = f" (the budget is {labels.budget:.1%}, but no more tokens can be chosen by this policy)"
-    console.print(f"labels/{labels.name}: {labels.share:.2%} of {labels.tokens:,} tokens {verb}{note}")
+    console.print(f"labels/{labels.name}: {how}{labels.share:.2%} of {labels.tokens:,} tokens {verb}{note}")
 
 
 def _span(seconds: float) -> str:

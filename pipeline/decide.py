@@ -133,22 +133,24 @@ def decide(
 
 
 def decided(
-    dataset: Path, manifest: Manifest, policy: str, *, budget: float = 0.15, action: str = "delegate", seed: int = 0
+    dataset: Path, policy: str, *, budget: float = 0.15, action: str = "delegate", seed: int = 0
 ) -> LabelSet | None:
     """The label set that `decide` would write, where it is there already: decided so, for the same parts, none lost."""
     folder = dataset / "labels" / policy
+    measured = _extent(read_complete(dataset))
     try:
         found = load(folder / POLICY, LabelSet)
     except (FileNotFoundError, DatasetError):
         return None
-    asked = (policy, budget if policies.POLICIES[policy].budgeted else None, action, seed, manifest.tokens)
-    if asked != (found.policy, found.budget, found.action, found.seed, found.tokens):
-        return None
-    parts = [(record.name, record.rows, record.tokens) for record in manifest.parts if record.rows]
-    if parts != [(record.name, record.rows, record.tokens) for record in found.parts]:
+    asked = (policy, budget if policies.POLICIES[policy].budgeted else None, action, seed)
+    if asked != (found.policy, found.budget, found.action, found.seed) or _extent(found) != measured:
         return None
     written = sizes(folder, "*.parquet")
     return found if all(written.get(f"{record.name}.parquet") == record.bytes for record in found.parts) else None
+
+
+def _extent(parts: Manifest | LabelSet) -> list[tuple[str, int, int]]:
+    return [(record.name, record.rows, record.tokens) for record in parts.parts if record.rows]
 
 
 def build(pipeline: beam.Pipeline, decision: Decision, planned: list[list[str]]) -> None:
