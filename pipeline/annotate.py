@@ -13,7 +13,6 @@ on a cheap machine would cost more than the write does, which takes a core a fra
 a process of its own, scores the next part.
 """
 
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -32,6 +31,7 @@ from pipeline.options import ModelSpec
 from pipeline.packed import listed, pack, unpack
 from pipeline.readers import Bad, CopyGoneError, read
 from pipeline.sources import Range, Stream
+from pipeline.submit import absolute
 from pipeline.write import is_finished, require_admission, write_part
 from schemas.manifest import PartRecord, at
 
@@ -61,23 +61,18 @@ def for_other_folders(plan: AnnotatePlan) -> AnnotatePlan:
     def fixed(spec: ModelSpec) -> ModelSpec:
         if spec.backend == "server":  # whose names are its own
             return spec
-        arguments = spec.arguments | {"model": _absolute(spec.arguments["model"])}
-        return replace(spec, arguments=arguments, tokenizer=spec.tokenizer and _absolute(spec.tokenizer))
+        arguments = spec.arguments | {"model": absolute(spec.arguments["model"])}
+        return replace(spec, arguments=arguments, tokenizer=spec.tokenizer and absolute(spec.tokenizer))
 
     return replace(
         plan,
-        dataset=at(_absolute(str(plan.dataset))),
-        ranges=[replace(part, path=_absolute(part.path)) for part in plan.ranges],
-        streams=[replace(stream, path=_absolute(stream.path)) for stream in plan.streams],
-        tokenizer=_absolute(plan.tokenizer),
-        spacy=_absolute(plan.spacy),
+        dataset=at(absolute(str(plan.dataset))),
+        ranges=[replace(part, path=absolute(part.path)) for part in plan.ranges],
+        streams=[replace(stream, path=absolute(stream.path)) for stream in plan.streams],
+        tokenizer=absolute(plan.tokenizer),
+        spacy=absolute(plan.spacy),
         models={role: fixed(spec) for role, spec in plan.models.items()},
     )
-
-
-def _absolute(name: str) -> str:
-    """Of what is a file or folder here; a URL, or the name of something else, stays."""
-    return os.path.abspath(name) if os.path.exists(name) else name
 
 
 def build(pipeline: beam.Pipeline, plan: AnnotatePlan, heartbeat: Heartbeat) -> None:

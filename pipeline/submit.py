@@ -7,6 +7,7 @@ wait for it for ever.
 
 import contextlib
 import math
+import os
 import secrets
 import threading
 import time
@@ -36,6 +37,11 @@ KEPT = "finished parts are kept: run the same command again to go on"
 def elsewhere(beam_options: list[str] | None) -> bool:
     """Whether Beam options name a runner that is not of this machine."""
     return PipelineOptions(beam_options or []).view_as(StandardOptions).runner not in HERE
+
+
+def absolute(name: str) -> str:
+    """The path of what is a file or folder here, for processes in other folders; a URL, or another name, stays."""
+    return os.path.abspath(name) if os.path.exists(name) else name
 
 
 def run(
