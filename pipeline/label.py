@@ -92,7 +92,11 @@ def annotate(
         raise DatasetError(f"{dataset} has files in it but is no dataset: name a new folder with --out")
     with _locked(dataset):
         tokenizer, specs = models_of(options, cluster)
-        if begin(options, files, tokenizer, specs).state == "complete":
+        manifest = begin(options, files, tokenizer, specs)
+        if manifest.state == "complete" and not sizes(dataset / RECORDS):
+            _clear(dataset)
+            return manifest
+        if manifest.state == "complete":  # another run measured parts while this was written, or was stopped here
             return finish(dataset, options.max_bad)
         assert options.part_bytes is not None
         planned: list[Range | Stream] = plan(files, options.part_bytes)
@@ -401,11 +405,7 @@ def finish(dataset: Path, max_bad: float) -> Manifest:
 
     Another run may have done so while this one measured some parts again: what it recorded is folded once more.
     """
-    manifest = read_manifest(dataset)
-    fresh = _finished(dataset)
-    if manifest.state == "complete" and not fresh:
-        _clear(dataset)
-        return manifest
+    manifest, fresh = read_manifest(dataset), _finished(dataset)
     by_name = {record.name: record for record in [*manifest.parts, *fresh]}
     _drop_duplicates(dataset, by_name)
     records = [by_name[name] for name in sorted(by_name)]

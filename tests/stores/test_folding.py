@@ -1,0 +1,85 @@
+"""The end of a labelling run: records become the manifest, whoever else has done so already."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from pipeline.label import finish
+from pipeline.readers import Bad
+from pipeline.write import is_finished, write_part
+from schemas import files, manifest
+from schemas.manifest import Manifest, at, read_manifest
+from schemas.parts import SIGNALS
+from tests.stores.conftest import SERVERS
+
+PARTS = {"part-00000-0": ["a", "b", "c"], "part-00000-9": ["d", "b"], "part-00001-0": ["a"], "part-00002-0": []}
+
+
+@pytest.fixture(params=["local", "memory", "s3"])
+def dataset(request, tmp_path):
+    if request.param != "s3":
+        yield tmp_path / "d" if request.param == "local" else at(f"memory://{tmp_path.name}/d")
+        return
+    with SERVERS["s3"]() as store:
+        store.proxy.every(7)
+        yield at(f"{store.new()}/d")
+
+
+def measured(dataset, names=tuple(PARTS)):
+    """What workers write: each document has two tokens."""
+    for name in names:
+        ids = PARTS[name]
+        lists = pa.array([[1, 2]] * len(ids), pa.list_(pa.int32()))
+        columns = {"doc_id": ids, "source": [f"{name}.jsonl:{row}" for row in range(len(ids))], "text": ids}
+        columns |= {"factual": [[True, False]] * len(ids), "ref_nll": [[None, 1.0]] * len(ids)}
+        columns |= {field: lists for field in ("token_ids", "token_starts", "token_ends", "pos", "ent_type")}
+        fields = [field for field in SIGNALS if field.name in columns]
+        table = pa.table([pa.array(columns[f.name]).cast(f.type) for f in fields], schema=pa.schema(fields))
+        write_part(dataset, name, f"{name}.jsonl", table, (Bad(f"{name}.jsonl", 7, "no text"),), skipped=1)
+
+
+def begun(dataset):
+    fresh = Manifest(state="running", corpus=[], options={}, tokenizer={}, models={}, versions={})
+    manifest.save(dataset / "manifest.json", fresh, create=True)
+
+
+def contents(dataset):
+    folders = ["", "signals", "deadletter", ".parts", ".spool"]
+    return {
+        f"{folder}/{name}": files.read_bytes(dataset / folder / name if folder else dataset / name)
+        for folder in folders
+        for name in files.sizes(dataset / folder if folder else dataset)
+    }
+
+
+def test_folded_once_and_again(dataset):
+    begun(dataset)
+    measured(dataset)
+    files.write_atomic(dataset / ".spool" / "part-00000-0.jsonl", b"a copy")
+    assert is_finished(dataset, "part-00000-0") and not is_finished(dataset, "part-00007-0")
+    whole = finish(dataset, max_bad=1.0)
+    assert whole == read_manifest(dataset) and whole.state == "complete"
+    assert (whole.documents, whole.tokens, whole.bad, whole.skipped) == (4, 8, 6, 4)
+    assert [record.rows for record in whole.parts] == [3, 1, 0, 0]
+    first = contents(dataset)
+    assert first.keys() == {
+        "/manifest.json", *(f"signals/{name}.parquet" for name in list(PARTS)[:2]),
+        *(f"deadletter/{name}.jsonl" for name in PARTS),
+    }  # fmt: skip
+    assert is_finished(dataset, "part-00007-0")
+
+    # Another run of the same command was at work all the time, and writes some parts once more.
+    measured(dataset, list(PARTS)[1:3])
+    assert contents(dataset) != first
+    assert finish(dataset, max_bad=1.0) == whole
+    assert contents(dataset) == first
+
+
+def test_a_record_without_its_file_is_not_finished(dataset):
+    """A store may have been cleaned up by hand; the part is then measured again."""
+    begun(dataset)
+    measured(dataset)
+    files.remove(manifest.signals_path(dataset, "part-00000-0"))
+    whole = finish(dataset, max_bad=1.0)
+    assert [record.name for record in whole.parts] == list(PARTS)[1:]
+    assert np.sum([record.rows for record in whole.parts]) == whole.documents == 3
