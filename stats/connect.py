@@ -121,7 +121,9 @@ def require_reading(sql: str, session: bool = False) -> None:
     if session and kind == duckdb.StatementType.CREATE and re.match(_SESSION, found[0].query.strip()):
         return None
     if kind != duckdb.StatementType.SELECT:
-        raise SqlError(f"{kind.name} is refused: a dataset is only read here (SELECT, FROM, WITH, DESCRIBE, EXPLAIN)")
+        word = re.match(r"(?i)(install|use)\b", found[0].query.strip())  # to DuckDB a LOAD and a SET
+        name = word[0].upper() if word else kind.name
+        raise SqlError(f"{name} is refused: a dataset is only read here (SELECT, FROM, WITH, DESCRIBE, EXPLAIN)")
     return None
 
 

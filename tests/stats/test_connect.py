@@ -268,6 +268,9 @@ def test_other_statements_are_refused(small, sql):
     ("sql", "says"),
     [
         ("SELEC 1", "syntax error"),
+        ("INSTALL httpfs", "INSTALL is refused: a dataset is only read here"),
+        ("use memory", "USE is refused"),
+        ("WITH a AS (SELECT 1) INSERT INTO t FROM a", "INSERT is refused"),
         ("SELECT nothing FROM tokens", 'column "nothing" not found'),
         ("FROM nowhere", "nowhere does not exist"),
         ("SELECT doc_id::INTEGER FROM tokens", "Could not convert string 'a'"),

@@ -1,5 +1,6 @@
 """Datasets in an object store: a real S3 server on this machine, and a store in memory."""
 
+import io
 import subprocess
 import sys
 import uuid
@@ -7,10 +8,11 @@ import uuid
 import duckdb
 import fsspec
 import pytest
+from rich.console import Console
 
 import lacy
 from schemas.manifest import DatasetError, at, signals_path
-from stats import files
+from stats import files, report, show
 from stats.connect import connect
 from tests.conftest import LACY
 from tests.stats.conftest import document, write
@@ -159,6 +161,19 @@ def test_the_command(dataset, put):
         timeout=60,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "n\n24\n", "")
+
+
+def test_what_is_looked_at_is_that_of_the_folder(dataset, documents, put, tmp_path):
+    url = put(dataset, "s3")
+    for place, found in enumerate((dataset, url)):
+        report.write(found, tmp_path / f"{place}.html", where="source LIKE '%:2'", labels="lacy")
+        out = io.StringIO()
+        show.show(found, documents[3].doc_id, console=Console(file=out, width=100))
+        (tmp_path / f"{place}.txt").write_text(out.getvalue())
+    assert (tmp_path / "0.html").read_bytes() == (tmp_path / "1.html").read_bytes()
+    assert (tmp_path / "0.txt").read_text() == (tmp_path / "1.txt").read_text() != ""
+    with pytest.raises(DatasetError, match="no document 'x'"):
+        report.write(url, tmp_path / "x.html", documents=["x"])
 
 
 def test_what_is_missing_is_one_line(s3, put, tmp_path):
