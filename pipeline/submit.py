@@ -79,7 +79,7 @@ def run(
         raise RunError(f"no job server answers at {options.view_as(PortableOptions).job_endpoint}") from None
     except Exception as error:
         raise RunError(f"the job could not be submitted: {_reason(error)}") from error
-    if on_submit:
+    if on_submit and getattr(result, "has_job", True):  # a Flex Template's launcher leaves it to Dataflow to begin one
         on_submit(_job_id(result))
     if not wait:
         return
