@@ -38,7 +38,7 @@ from schemas.files import (
     sizes,
     write_atomic,
 )
-from schemas.manifest import LabelRecord, LabelSet, Manifest, labels_path, load, read_complete, save, signals_path
+from schemas.manifest import LabelRecord, LabelSet, Manifest, at, labels_path, load, read_complete, save, signals_path
 from schemas.parts import LABELS, select, to_parquet
 
 POLICY, RECORDS = "policy.json", ".parts"
@@ -91,7 +91,9 @@ def decide(
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
         raise policies.PolicyError(f"{name!r} cannot name a label set: use letters, digits, '.', '_' and '-'")
     budgeted = policies.POLICIES[policy].budgeted
-    decision = Decision(dataset, name, policy, budget if budgeted else None, action, seed, manifest.tokens)
+    elsewhere = submit.elsewhere(beam_options)
+    place = at(submit.absolute(str(dataset))) if elsewhere else dataset
+    decision = Decision(place, name, policy, budget if budgeted else None, action, seed, manifest.tokens)
     planned = [[record.name for record in batch] for batch in batches([r for r in manifest.parts if r.rows])]
     # Readers know a label set by its policy.json: it goes first, and comes last.
     remove(decision.folder / POLICY)
@@ -105,7 +107,7 @@ def decide(
         written = sizes(decision.folder / RECORDS)
         return Progress(parts=sum(len(batch) for batch in planned if f"{batch[0]}.json" in written))
 
-    if submit.elsewhere(beam_options):
+    if elsewhere:
         submit.run(graph, beam_options=beam_options or [], count=progress)
     else:
         local.run(graph, workers=workers)
