@@ -145,8 +145,8 @@ def plan(
     tagger_hours = taggers * (start + hours_of["tagging"] + hours_of["deciding"])
     scorer_hours = scorers * (start + hours_of["scoring"]) if models else 0.0
     money_of = {
-        "machines that tag": tagger_hours * machine_hour(TAGGER_CORES, TAGGER_RAM_GB),
-        "machines that score": scorer_hours * machine_hour(machine.cores, machine.ram_gb),
+        "taggers": tagger_hours * machine_hour(TAGGER_CORES, TAGGER_RAM_GB),
+        "scorers": scorer_hours * machine_hour(machine.cores, machine.ram_gb),
         "GPUs": scorer_hours * gpus * rate[f"gpu_hour_{gpu}"],
         "shuffle": 2 * tokens * crossing / 1e9 * rate["shuffle_gb"],
         "requests": reads / 1e6 * rate["million_reads"] + writes / 1e6 * rate["million_writes"],

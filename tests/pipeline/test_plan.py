@@ -44,8 +44,8 @@ def test_a_corpus_by_hand():
     assert found.hours_of["deciding"] == pytest.approx(0.025)
     assert found.hours == pytest.approx(1 + 25 + 20 + 0.025)
     # A tagger: 8 vCPUs, 32 GB and a disk of 100 GB, 0.8 + 0.32 + 0.1 an hour. A g2-standard-8 is the same, and its L4.
-    assert found.money_of["machines that tag"] == pytest.approx(10 * (1 + 25 + 0.025) * 1.22)
-    assert found.money_of["machines that score"] == pytest.approx(20 * (1 + 20) * 1.22)
+    assert found.money_of["taggers"] == pytest.approx(10 * (1 + 25 + 0.025) * 1.22)
+    assert found.money_of["scorers"] == pytest.approx(20 * (1 + 20) * 1.22)
     assert found.money_of["GPUs"] == pytest.approx(20 * (1 + 20) * 1)
     assert found.shuffle_bytes == 28.8e9
     assert found.money_of["shuffle"] == pytest.approx(2 * 28.8 * 0.02)
@@ -70,7 +70,7 @@ def test_grammar_alone_needs_no_gpu_and_no_second_shuffle():
     found = plan(3.6e9, RATES, models=0, hours=41)
     assert (found.scorers, found.gpus, found.scoring_gpu_hours, found.shuffle_bytes) == (0, 0, 0, 0)
     assert found.taggers == 7  # 1000 / (40 * 8 * 0.5) = 6.25
-    assert found.money_of["GPUs"] == found.money_of["machines that score"] == found.money_of["shuffle"] == 0
+    assert found.money_of["GPUs"] == found.money_of["scorers"] == found.money_of["shuffle"] == 0
 
 
 def test_parts_grow_with_the_corpus_up_to_a_limit_and_then_datasets_are_advised():
@@ -152,13 +152,12 @@ def test_sizes_of_a_dataset(tmp_path, labeller, small_model):
     from tests.pipeline import corpora
 
     path = corpora.write(tmp_path / "a.jsonl", corpora.documents(5, seed=1))
-    done = labeller(
-        "label", path, "--out", tmp_path / "d", "--reference", "none", "--tokenizer", small_model, cwd=tmp_path
-    )
+    options = ["--reference", "none", "--tokenizer", small_model, "--policy", "factual"]
+    done = labeller("label", path, "--out", tmp_path / "d", *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     rates, tokens = with_dataset(DEFAULTS, str(tmp_path / "d"))
     signals = sum(part.stat().st_size for part in (tmp_path / "d" / "signals").iterdir())
-    labels = sum(part.stat().st_size for part in (tmp_path / "d" / "labels" / "lacy").glob("*.parquet"))
+    labels = sum(part.stat().st_size for part in (tmp_path / "d" / "labels" / "factual").glob("*.parquet"))
     assert rates["bytes_per_token"].value == pytest.approx(path.stat().st_size / tokens)
     assert rates["signals_bytes_per_token"].value == pytest.approx(signals / tokens)
     assert rates["labels_bytes_per_token"].value == pytest.approx(labels / tokens)
