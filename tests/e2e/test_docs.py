@@ -31,7 +31,7 @@ SEED = 40
 DOCUMENT = str(corpora.documents(1, seed=SEED)[0]["id"])
 NEW = "rm -rf labelled && "
 # An installation, a cluster, a store (tests/stores run such commands); make is what runs this.
-ELSEWHERE = ("pip install", "make ", "gs://", "s3://", "pre-commit")
+ELSEWHERE = ("pip install", "make ", "gs://", "s3://", "pre-commit", "--on ")
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -185,6 +185,21 @@ def test_the_python_of_a_page(workplace, page, small_model):
             capture_output=True, text=True, timeout=200,
         )  # fmt: skip
         assert done.returncode == 0, f"{block}\n{done.stderr}"
+
+
+def test_plans_are_what_the_command_prints(workplace):
+    """docs/scale.md shows a plan below its command, and last all rates."""
+    text = (ROOT / "docs" / "scale.md").read_text()
+    shown = re.findall(
+        r"^```\n(lacy plan [^\n]+)\n```\n(?:[^`]*\n)?```text\n(.*?)\n```$", text, re.MULTILINE | re.DOTALL
+    )
+    assert len(shown) == 4
+    for command, plan in shown:
+        done = run(workplace, f"COLUMNS=120 {command}")
+        printed = "\n".join(line.rstrip() for line in done.stdout.splitlines())
+        assert printed.startswith(plan), command
+    rates = printed.partition("replaces any)\n")[2]
+    assert f"```text\n{rates.strip()}\n```" in text
 
 
 def test_the_example_of_a_generation_has_its_fields():
