@@ -213,5 +213,5 @@ def _backend(name: str, trust_remote_code: bool) -> tuple[Tokenizer, str | None]
 def _content(file: Path) -> str | None:
     try:
         return read_bytes(file).decode()
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         return None

@@ -84,9 +84,14 @@ def open_atomic(path: Path, *, create: bool = False) -> Iterator[BinaryIO]:
 
 
 def read_bytes(path: Path) -> bytes:
-    """A whole file. Raises FileNotFoundError where there is none."""
+    """A whole file. Raises FileNotFoundError where there is none, DatasetError where it cannot be read."""
     if not is_remote(path):
-        return path.read_bytes()
+        try:
+            return path.read_bytes()
+        except NotADirectoryError:
+            raise FileNotFoundError(f"{path.parent} is no folder") from None
+        except PermissionError as error:
+            raise DatasetError(f"{path} cannot be read: {error.strerror}") from None
     store, name = _located(path)
     return patiently(lambda: store.cat_file(name), path)
 
@@ -101,7 +106,7 @@ def read_many(paths: Sequence[Path]) -> list[bytes]:
     batches = [paths[start : start + LOCAL_BATCH] for start in range(0, len(paths), LOCAL_BATCH)]
     with ThreadPoolExecutor(READERS) as pool:
         return [
-            data for batch in pool.map(lambda batch: [path.read_bytes() for path in batch], batches) for data in batch
+            data for batch in pool.map(lambda batch: [read_bytes(path) for path in batch], batches) for data in batch
         ]
 
 

@@ -1,28 +1,24 @@
 """Label shards, on disk or in an object store: what of a dataset can be learnt from, and its parts, checked as read."""
 
 import json
-import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Final, TypeVar, cast
+from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from upath import UPath
 
 from schemas.codes import LABELS as LABEL_NAMES
 from schemas.codes import LEARN
-from schemas.files import sha256
-from schemas.manifest import DatasetError, LabelRecord, LabelSet, Manifest, label_sets, labels_path, read_complete
+from schemas.files import read_bytes, sha256
+from schemas.manifest import DatasetError, LabelRecord, LabelSet, Manifest, at, label_sets, labels_path, read_complete
 from schemas.parts import LABELS
 
 DEFAULT_LABELS: Final = "lacy"
-ATTEMPTS: Final = 4  # to read a file
-BACK_OFF = 0.5  # seconds before the second attempt; doubles
 
 # What stands at an end token.
 COLUMNS: Final = {
@@ -31,14 +27,12 @@ COLUMNS: Final = {
     "ref_nll": np.array(np.nan, np.float32),
     "judge": np.array(np.nan, np.float32),
 }
-_LASTING: Final = (PermissionError, NotADirectoryError, IsADirectoryError, ImportError, ValueError)
 _REMEDIES: Final = {
     "ref_nll": "it was labelled without a reference model: lacy label with --reference, into a new folder",
     "judge": "it was labelled without a judge: lacy label with --judge, into a new folder",
 }
 
 Arrays = dict[str, np.ndarray]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -76,10 +70,9 @@ def open_labels(dataset: str, labels: str | None) -> Labels:
     Raises DatasetError when there is none, when it does not cover the dataset, or when the dataset's tokenizer is not
     the one that it was labelled with or lacks <CALL> or an end token.
     """
-    remote = "://" in dataset
-    root = _patiently(lambda: cast(Path, UPath(dataset)) if remote else Path(dataset).absolute(), dataset)
-    manifest = _patiently(lambda: read_complete(root), dataset)
-    found = _pick(dataset, _patiently(lambda: label_sets(root), dataset), labels)
+    root = at(dataset) if "://" in dataset else Path(dataset).absolute()
+    manifest = read_complete(root)
+    found = _pick(dataset, label_sets(root), labels)
     _covers(dataset, manifest, found)
     records = tuple(record for record in found.parts if record.rows)
     content, settings, eos_token = _tokenizer_files(root, manifest)
@@ -125,7 +118,7 @@ def opened(labels: Labels, record: LabelRecord) -> Iterator[pq.ParquetFile]:
     path = labels_path(labels.root, labels.name, record.name)
     again = f"lacy check says what else is damaged, lacy decide --name {labels.name} writes the labels again"
     try:
-        data = _patiently(path.read_bytes, str(path))
+        data = read_bytes(path)
     except FileNotFoundError:
         raise DatasetError(f"{path} is missing: {again}") from None
     if sha256(data) != record.sha256:
@@ -237,10 +230,10 @@ def _tokenizer_files(root: Path, manifest: Manifest) -> tuple[bytes, dict[str, A
     folder = root / "tokenizer"
     again = "copy the whole dataset again, or label the corpus again, into a new folder"
     try:
-        content = _patiently((folder / "tokenizer.json").read_bytes, str(folder))
+        content = read_bytes(folder / "tokenizer.json")
         if sha256(content) != manifest.tokenizer.get("sha256"):
             raise DatasetError(f"{folder}/tokenizer.json is not the tokenizer of the manifest: {again}")
-        settings = json.loads(_patiently((folder / "tokenizer_config.json").read_bytes, str(folder)))
+        settings = json.loads(read_bytes(folder / "tokenizer_config.json"))
         eos = settings.get("eos_token")
     except FileNotFoundError as error:
         raise DatasetError(f"{folder} is incomplete ({_line(error)}): {again}") from None
@@ -271,22 +264,6 @@ def _ids(root: Path, content: bytes, eos_token: str) -> tuple[int, int]:
             f"the end token {eos_token!r} is not in the tokenizer of {root}: label with a tokenizer that has it"
         )
     return found[eos_token], max(found.values()) + 1
-
-
-def _patiently(read: Callable[[], T], what: str) -> T:
-    """Read, ATTEMPTS times where a store fails. Raises DatasetError; FileNotFoundError as it comes."""
-    for attempt in range(ATTEMPTS):
-        if attempt:
-            time.sleep(BACK_OFF * 2 ** (attempt - 1))
-        try:
-            return read()
-        except (DatasetError, FileNotFoundError):
-            raise
-        except Exception as error:  # every store has exceptions of its own
-            reason = _line(error)
-            if isinstance(error, _LASTING):
-                break
-    raise DatasetError(f"{what} cannot be read: {reason}")
 
 
 def _line(error: Exception) -> str:
