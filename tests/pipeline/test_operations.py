@@ -2,6 +2,8 @@
 
 import json
 import logging
+from pathlib import Path
+from typing import Any
 
 import apache_beam as beam
 import pytest
@@ -27,18 +29,15 @@ BAD = [
 ]
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory, small_model):
-    """Two parts with bad and good documents, all with the marker, through the whole graph; metrics and log records."""
-    folder = tmp_path_factory.mktemp("operations")
+def planned(folder: Path, out: Path, small_model: Path, **given: Any) -> AnnotatePlan:
+    """Two parts with bad and good documents, all with the marker; the dataset is begun."""
     lines = [json.dumps(row | {"text": f"{MARKER} {row['text']}"}) for row in corpora.documents(8, seed=2)]
     path = folder / "a.jsonl"
     path.write_bytes("\n".join([*BAD, *lines, lines[-1]]).encode() + b"\n" + MARKER.encode() + b"\xff\n")
-    dataset = folder / "d"
     part_bytes = path.stat().st_size // 2 + 1
     options = LabelOptions(
         corpus=[str(path)],
-        out=dataset,
+        out=out,
         reference=str(small_model),
         scorer="transformers",
         device="cpu",
@@ -46,20 +45,29 @@ def run(tmp_path_factory, small_model):
     )
     files = find_files(options.corpus)
     tokenizer, models = models_of(options)
-    work = AnnotatePlan(
-        dataset=dataset,
+    return AnnotatePlan(
+        dataset=options.out,
         run=begin(options, files, tokenizer, models).fingerprint(),
         ranges=plan(files, part_bytes),  # type: ignore[arg-type]
         streams=[],
         part_bytes=part_bytes,
         committed=frozenset(),
-        tokenizer=str(dataset / TOKENIZER),
+        tokenizer=str(options.out / TOKENIZER),
         spacy=options.spacy,
         rule={"attributes": False, "headings": False},
         alignment="first",
         models=models,
         keep_text=True,
+        **given,
     )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, small_model):
+    """The whole graph, on a runner that is not asked for a heartbeat: metrics, log records, parts."""
+    folder = tmp_path_factory.mktemp("operations")
+    dataset = folder / "d"
+    work = planned(folder, dataset, small_model)
     records: list[logging.LogRecord] = []
     handler = logging.Handler()
     handler.emit = records.append  # type: ignore[method-assign]
@@ -136,3 +144,16 @@ def test_names_of_reasons_are_few():
     assert reason_of(Bad("a", 0, "the reference engine dies of it (it was killed)")) == "kills_engine"
     assert reason_of(Bad("a", 0, "gzip stream breaks off: invalid block type")) == "broken_stream"
     assert len(set(REASONS.values())) < 20
+
+
+def test_parts_that_cross_to_other_machines_are_the_same_bytes(run, tmp_path, small_model):
+    """A runner with two environments, between which parts are encoded and decoded."""
+    *_, dataset = run
+    hints = {"accelerator": "type:nvidia-l4;count:1", "min_ram": "1GB"}
+    work = planned(dataset.parent, tmp_path / "d", small_model, hints=hints)
+    with beam.Pipeline(runner=FnApiRunner()) as pipeline:
+        build(pipeline, work, Heartbeat(None, "crossing"))
+    for kind in ("signals", "deadletter"):
+        here, there = ({file.name: file.read_bytes() for file in (d / kind).iterdir()} for d in (dataset, work.dataset))
+        assert len(here) == 2
+        assert there == here
