@@ -6,6 +6,7 @@ import pty
 import re
 import shutil
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import yaml
 from tests.cascade import models
 from tests.cascade.datasets import BEGIN, labelled, marked, tale
 from tests.cascade.serving import answered, server_process
-from tests.conftest import run_lacy
+from tests.conftest import LACY, run_lacy
 from tests.labelers.faulty_proxy import FaultyProxy
 from tests.pipeline import corpora
 from tests.stats.conftest import by_loss
@@ -321,6 +322,38 @@ def test_factscore(run, lacy, oracle, tmp_path):
         assert len(oracle.requests) > written, "another partner"
     told = lacy(*asked)
     assert told.returncode == 0 and re.search(r"facts +4 ", told.stdout)
+
+
+@pytest.mark.slow
+def test_a_score_that_was_killed_asks_only_the_rest(run, lacy, oracle, tmp_path):
+    run = copy(run, tmp_path / "run")
+    (tmp_path / "names.txt").write_text("Odra Venn the 3\nOdra Venn the 5\n")
+    knowledge = corpora.write(tmp_path / "pages.jsonl", [{"id": "1", "title": "Sarn", "text": "Lamps in Sarn."}])
+    answer, judging, killed = ChatServer(), threading.Event(), threading.Event()
+
+    def slow(path: str, body: Any) -> tuple[int, Any]:
+        if body is not None and "Claim: " in body["messages"][-1]["content"]:
+            judging.set()
+            killed.wait(30)
+        return answer(path, body)
+
+    with FaultyProxy(slow) as judge:
+        asked = [
+            "eval", "factscore", run, "--entities", tmp_path / "names.txt", "--knowledge", knowledge, "--judge", "made",
+            "--judge-server", judge.url, "--partner", oracle.url, "--budget", 1, "--template", f"{BEGIN} {{}} was",
+        ]  # fmt: skip
+        process = subprocess.Popen([LACY, *map(str, asked)], env=OFFLINE)
+        assert judging.wait(280)
+        process.kill()
+        process.wait()
+        killed.set()
+        written = len(oracle.requests)
+        splits = [body for _, body in judge.requests if "Sentence: " in body["messages"][-1]["content"]]
+        assert written and splits
+        figures = result(lacy(*asked, "--json"))["figures"]
+        assert figures["facts"] == len(splits) and figures["unverified"] == 0
+        assert len(oracle.requests) == written
+        assert splits == [body for _, body in judge.requests if "Sentence: " in body["messages"][-1]["content"]]
 
 
 def test_runs_side_by_side(evaluated, run, lacy, tmp_path):
