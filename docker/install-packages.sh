@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Install every package of a lock into the environment of $PYTHON (default: python):  install-packages.sh LOCK
-# pip's own variables (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, ...) say where the packages come from.
+# pip's own variables, as PIP_EXTRA_INDEX_URL, say where else the packages may come from.
 set -euo pipefail
 
 python=${PYTHON:-python}

@@ -190,3 +190,23 @@ def test_the_template_becomes_a_command():
     assert (read["project"], read["region"], read["temp_location"]) == ("p", "us-central1", "gs://bucket/temp")
     assert read["budget"] == 0.15 and read["gpus"] == 2 and read["reference"] == "gs://bucket/models/llama"
     assert "--no-text" not in template.command(["--corpus=gs://b/c", "--no_text=false"])
+
+
+def test_the_page_has_every_argument_and_variable():
+    page = (ROOT / "docs" / "docker.md").read_text()
+    told = {name: cells for cells, names in table(page, "`--build-arg`") for name in names}
+    known = {name: value for path in DOCKERFILES for name, value in arguments(path).items()}
+    assert told.keys() == known.keys()
+    for name, cells in told.items():
+        assert not known[name] or f"`{known[name]}`" in cells or known[name] in cells, name
+    used = dict(re.findall(r"\$\{(\w+):-([^}]*)\}", (DOCKER / "compose.yaml").read_text()))
+    variables = {name: cells for cells, names in table(page, "variable") for name in names}
+    assert variables.keys() == used.keys()
+    for name, cells in variables.items():
+        assert used[name] in cells, name
+
+
+def table(page: str, title: str) -> list[tuple[str, list[str]]]:
+    """Each row of the table of this title: its text, and the names in its first cell."""
+    [rows] = re.findall(rf"^\| {re.escape(title)} \|.*\n\|---.*\n((?:\|.*\n)+)", page, re.MULTILINE)
+    return [(row, re.findall(r"`(\w+)`", row.split("|")[1])) for row in rows.splitlines()]

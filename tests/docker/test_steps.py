@@ -166,4 +166,4 @@ def test_training_runs_under_torchrun(tmp_path_factory, context, labelled):
     command = ["--standalone", "--nproc-per-node", "2", "-m", "lacy", "train", labelled, "--out", "run"]
     done = image.offline("torchrun", *command, "--model", "tiny", "--context", "64", "--max-steps", "2", "--batch", "1")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert list((image.path("/home/lacy") / "run").glob("checkpoints/*")) or list((image.root / "home/run").iterdir())
+    assert list((image.root / "home/run/checkpoints").iterdir())
