@@ -1,6 +1,7 @@
 """A dataset of very many tiny parts, written in the time that the files take: each is a copy with ids of its own."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -26,40 +27,43 @@ BAD_EVERY = 50  # parts, of which the last has a dead letter
 PLACE = "part-number"  # stands in a copy where its number belongs
 
 
-def multiply(base: Path, count: int, *, running: bool = False) -> Path:
-    """Turn `base`, that `lacy label FILE --part-bytes PART_BYTES` wrote, into a dataset of `count` parts.
+def label(corpus: Path, out: Path, model: Path) -> list[object]:
+    """The command that writes a dataset of such parts."""
+    return ["label", corpus, "--out", out, "--reference", model, "--part-bytes", PART_BYTES, "--workers", 1]
 
-    The corpus file grows with it, so that the same command knows the dataset as its own. running: as an interrupted
-    run leaves it, with all parts measured.
+
+def multiply(base: Path, out: Path, count: int, *, running: bool = False) -> Path:
+    """Write a dataset of `count` parts like the first of `base`, which `label(...)` wrote, and return its corpus.
+
+    The command that wrote `base` knows the dataset as its own, with that corpus. running: as an interrupted run leaves
+    it, with all parts measured.
     """
+    shutil.copytree(base / "tokenizer", out / "tokenizer")
+    for folder in ("signals", "labels/lacy", "deadletter", ".parts"):
+        (out / folder).mkdir(parents=True)
     manifest, labels = load(base / "manifest.json", Manifest), load(base / "labels/lacy/policy.json", LabelSet)
     first, entry = manifest.parts[0], labels.parts[0]
-    corpus = Path(manifest.corpus[0].path)
-    with corpus.open("r+b") as file:
+    corpus = out.with_suffix(".jsonl")
+    with corpus.open("wb") as file:
         file.truncate(count * PART_BYTES)  # a hole, which nobody reads
     signals = _template(signals_path(base, first.name))
     decided = _template(labels_path(base, "lacy", first.name))
-    for folder in ("signals", "labels/lacy"):
-        for path in (base / folder).glob("*.parquet"):
-            path.unlink()
-    for folder in ("deadletter", ".parts"):
-        (base / folder).mkdir(exist_ok=True)
     records, entries = [], []
     for number in range(count):
         name = f"part-00000-{number * PART_BYTES:015d}"
         one, other = _copy(signals, number), _copy(decided, number)
-        signals_path(base, name).write_bytes(one)
+        signals_path(out, name).write_bytes(one)
         letters = b""
         if number % BAD_EVERY == BAD_EVERY - 1:
             letters = json.dumps({"source": str(corpus), "position": number, "reason": "none", "doc_id": ""}).encode()
-            deadletter_path(base, name).write_bytes(letters)
+            deadletter_path(out, name).write_bytes(letters)
         update = {"name": name, "bytes": len(one), "sha256": sha256(one), "bad": int(bool(letters))}
         record = first.model_copy(update=update | {"deadletter_sha256": sha256(letters) if letters else ""})
         records.append(record)
         if running:
-            record_path(base, name).write_text(record.model_dump_json(indent=1))
+            record_path(out, name).write_text(record.model_dump_json(indent=1))
         else:
-            labels_path(base, "lacy", name).write_bytes(other)
+            labels_path(out, "lacy", name).write_bytes(other)
             update = {"name": name, "bytes": len(other), "sha256": sha256(other)}
             entries.append(entry.model_copy(update=update))
     totals: dict[str, Any] = {"corpus": [CorpusFile(path=str(corpus), bytes=count * PART_BYTES)], "state": "running"}
@@ -68,9 +72,9 @@ def multiply(base: Path, count: int, *, running: bool = False) -> Path:
         totals |= {"documents": count * first.rows, "tokens": count * first.tokens, "factual": count * first.factual}
         chosen, tokens = count * (entry.delegated + entry.ignored), count * first.tokens
         sums = {"candidates": count * entry.candidates, "tokens": tokens, "chosen": chosen, "share": chosen / tokens}
-        save(base / "labels/lacy/policy.json", labels.model_copy(update=sums | {"parts": entries}))
-    save(base / "manifest.json", manifest.model_copy(update=totals))
-    return base
+        save(out / "labels/lacy/policy.json", labels.model_copy(update=sums | {"parts": entries}))
+    save(out / "manifest.json", manifest.model_copy(update=totals))
+    return corpus
 
 
 def _template(path: Path) -> bytes:
