@@ -16,11 +16,11 @@ import tempfile
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from schemas.files import DatasetError, patiently, store_of
+from schemas.files import DatasetError, listing, patiently, store_of
 
 log = logging.getLogger(__name__)
 
@@ -104,9 +104,8 @@ def _fetched(url: str) -> Path:
 
     try:
         store, root = store_of(url.rstrip("/"))
-        listed = patiently(lambda: store.find(root, detail=True), url)
-        found = {name.removeprefix(f"{root}/"): entry for name, entry in listed.items() if name.startswith(f"{root}/")}
-        found = {name: found[name] for name in sorted(found) if not any(p.startswith(".") for p in name.split("/"))}
+        listed = {entry["name"]: entry for entry in patiently(lambda: listing(store, root, store.find), url)}
+        found = {name: listed[name] for name in sorted(listed) if not any(p.startswith(".") for p in name.split("/"))}
         if not found:
             raise ModelError(f"no model at {url}: there is nothing in this folder")
         versions = [(name, entry["size"], _version(entry)) for name, entry in found.items()]
@@ -119,22 +118,24 @@ def _fetched(url: str) -> Path:
                 with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temp:
                     made = Path(temp) / "model"
                     with ThreadPoolExecutor(FETCHERS) as pool:
-                        for done in [pool.submit(_fetch, store, e, made / name, url) for name, e in found.items()]:
-                            done.result()
+                        fetch = partial(_fetch, store, root, made)
+                        list(pool.map(fetch, found, [entry["size"] for entry in found.values()]))
                     os.rename(made, folder)
     except DatasetError as error:
         raise ModelError(str(error)) from error
     return folder
 
 
-def _fetch(store: Any, entry: dict[str, Any], target: Path, url: str) -> None:
-    def fetch() -> None:
-        store.get_file(entry["name"], str(target))
-        if target.stat().st_size != entry["size"]:
-            raise OSError(f"{entry['name']} came with {target.stat().st_size} bytes and not {entry['size']}")
-
+def _fetch(store: Any, root: str, folder: Path, name: str, size: int) -> None:
+    target = folder / name
     target.parent.mkdir(parents=True, exist_ok=True)
-    patiently(fetch, url)
+
+    def fetch() -> None:
+        store.get_file(f"{root}/{name}", str(target))
+        if target.stat().st_size != size:
+            raise OSError(f"{target.stat().st_size} bytes of {size} came")
+
+    patiently(fetch, store.unstrip_protocol(f"{root}/{name}"))
 
 
 def _version(entry: dict[str, Any]) -> str:

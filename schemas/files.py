@@ -130,7 +130,7 @@ def folders(folder: Path) -> list[str]:
             return sorted(child.name for child in children if child.is_dir())
         return []
     store, name = _located(folder)
-    entries = patiently(lambda: _listing(store, name, store.ls), folder)
+    entries = patiently(lambda: listing(store, name, store.ls), folder)
     return sorted(entry["name"] for entry in entries if entry["type"] == "directory")
 
 
@@ -152,9 +152,9 @@ def remove_tree(folder: Path) -> None:
     store, name = _located(folder)
 
     def remove_all() -> None:
-        if left := _listing(store, name, store.find):
+        if left := listing(store, name, store.find):
             store.rm([f"{name}/{entry['name']}" for entry in left])
-        if left and _listing(store, name, store.find):
+        if left and listing(store, name, store.find):
             raise OSError(f"{len(left)} objects could not be removed")
 
     patiently(remove_all, folder)
@@ -227,7 +227,7 @@ def _files(folder: Path, pattern: str) -> list[tuple[str, int, float]]:
         store, name = _located(folder)
         prefix = re.split(r"[*?[]", pattern)[0] if _kind(store) in CREDENTIALS else ""
         flat = partial(store.find, prefix=prefix) if prefix else store.ls  # there is no folder in these folders
-        entries = patiently(lambda: _listing(store, name, flat), folder)
+        entries = patiently(lambda: listing(store, name, flat), folder)
         found = [(entry["name"], entry["size"], _time(entry)) for entry in entries if entry["type"] == "file"]
     else:
         with suppress(FileNotFoundError), os.scandir(folder) as children:
@@ -275,7 +275,7 @@ def _whole(store: Any, data: bytes) -> dict[str, int]:
     return {"chunksize": len(data) + 1} if _kind(store) in CREDENTIALS else {}
 
 
-def _listing(store: Any, name: str, lister: Callable[..., Any]) -> list[dict[str, Any]]:
+def listing(store: Any, name: str, lister: Callable[..., Any]) -> list[dict[str, Any]]:
     """What lies below `name`, by names relative to it. Nothing is cached: others write to the same store."""
     store.invalidate_cache(name)
     try:

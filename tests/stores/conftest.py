@@ -35,11 +35,15 @@ class Store:
         """The URL of a folder that no other test has."""
         return f"{self.url}/{uuid.uuid4().hex}"
 
-    def files(self, url: str) -> dict[str, bytes]:
-        """All objects of a folder, by name."""
+    def names(self, url: str) -> list[str]:
+        """Of all objects of a folder."""
         self.direct.invalidate_cache()
         root = url.split("://")[1]
-        return {name.removeprefix(f"{root}/"): self.direct.cat_file(name) for name in self.direct.find(root)}
+        return [name.removeprefix(f"{root}/") for name in self.direct.find(root)]
+
+    def files(self, url: str) -> dict[str, bytes]:
+        root = url.split("://")[1]
+        return {name: self.direct.cat_file(f"{root}/{name}") for name in self.names(url)}
 
     def put(self, url: str, data: bytes) -> str:
         self.direct.pipe_file(url.split("://")[1], data)

@@ -16,7 +16,7 @@ from typing import Literal
 
 from tests.labelers.faulty_proxy import Server, close
 
-Kind = Literal["500", "503", "slow", "reset", "cut", "lost"]
+Kind = Literal["403", "500", "503", "slow", "reset", "cut", "lost"]
 KINDS: tuple[Kind, ...] = ("500", "lost", "slow", "cut", "503", "reset")
 SLOW = 0.3  # seconds
 HOP = {"connection", "keep-alive", "transfer-encoding", "content-length", "te", "trailer", "upgrade", "host"}
@@ -34,7 +34,7 @@ class Request:
 class StoreProxy:
     """`upstream`: host and port. `fault` says what a request meets, by its method and path.
 
-    500, 503  is answered, and the store knows nothing of it
+    403, 500, 503  is answered, and the store knows nothing of it
     slow      is answered late
     reset     the connection is closed before the store sees the request
     lost      the store does what it is asked, and the connection is closed before the answer
@@ -78,7 +78,7 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "slow":
             time.sleep(SLOW)
         status, headers, content = 0, [], b""
-        if fault in ("500", "503"):
+        if fault in ("403", "500", "503"):
             status = int(fault)
         elif fault != "reset":
             status, headers, content = self._ask(body)

@@ -108,3 +108,31 @@ def test_what_lasts_is_one_line(store, folder):
     assert files.sizes(at(f"{scheme}://nowhere/d")) == {}
     with pytest.raises(FileNotFoundError):
         files.read_bytes(at(f"{scheme}://nowhere/x"))
+
+
+def test_a_refusal_is_one_line_at_once(store, folder):
+    for attempt in (
+        lambda: files.read_bytes(folder / "x"),
+        lambda: files.write_atomic(folder / "x", b"x"),
+        lambda: files.sizes(folder),
+        lambda: files.remove(folder / "x"),
+    ):
+        store.proxy.requests.clear()
+        store.proxy.fault = lambda method, path: "403"
+        with pytest.raises(DatasetError, match=r"the store refuses access \(.*; (set AWS_PROFILE|run gcloud)") as error:
+            attempt()
+        assert "\n" not in str(error.value)
+        assert len(store.proxy.requests) <= 2
+
+
+def test_credentials_that_are_missing(s3, monkeypatch, tmp_path):
+    s3.proxy.every(0)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    at("s3://x").fs.clear_instance_cache()
+    with pytest.raises(DatasetError, match=r"s3://bucket/x: the store refuses access .*; set AWS_PROFILE, or"):
+        files.read_bytes(at("s3://bucket/x"))
+    at("s3://x").fs.clear_instance_cache()
