@@ -172,7 +172,7 @@ def label(
         quiet(threads)
         from lacy.commands import cluster_of, run_estimate, run_label
         from pipeline.options import LabelOptions
-        from pipeline.presets import require_reach
+        from pipeline.presets import UsageError, require_reach
 
         cluster = cluster_of(
             on,
@@ -218,6 +218,8 @@ def label(
             trust_remote_code=trust_remote_code,
             estimate=estimate,
         )
+        if save_rates and not estimate:
+            raise UsageError("--save-rates is for what --estimate measures: add that")
         if cluster:
             require_reach(cluster, options)
         if estimate:

@@ -76,8 +76,8 @@ def test_grammar_alone_needs_no_gpu_and_no_second_shuffle():
 def test_parts_grow_with_the_corpus_up_to_a_limit_and_then_datasets_are_advised():
     assert plan(3e9).part_bytes == 1 << 20
     middle = plan(100e9)
-    assert (middle.part_bytes, middle.parts) == (8 << 20, 51_857)  # 4 MiB would make 103,714
-    assert "give lacy label --part-bytes 8388608" in middle.notes
+    assert (middle.part_bytes, middle.parts) == (4 << 20, 97_752)  # 2 MiB would make 195,504
+    assert "give lacy label --part-bytes 4194304" in middle.notes
     large = plan(1e12)
     assert large.part_bytes == 16 << 20
     assert "label the corpus as 3 datasets: one is tested with 100,000 parts" in large.notes
