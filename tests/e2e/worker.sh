@@ -3,12 +3,11 @@
 # any. Its process id goes to $WORKERS/worker_N.pid.
 for argument; do
   case $argument in
-    --id=*) WORKER_ID=${argument#*=} ;;
-    --control_endpoint=*) CONTROL_API_SERVICE_DESCRIPTOR="url: \"${argument#*=}\"" ;;
-    --logging_endpoint=*) LOGGING_API_SERVICE_DESCRIPTOR="url: \"${argument#*=}\"" ;;
+    --id=*) export WORKER_ID="${argument#*=}" ;;
+    --control_endpoint=*) export CONTROL_API_SERVICE_DESCRIPTOR="url: '${argument#*=}'" ;;
+    --logging_endpoint=*) export LOGGING_API_SERVICE_DESCRIPTOR="url: '${argument#*=}'" ;;
   esac
 done
-export WORKER_ID CONTROL_API_SERVICE_DESCRIPTOR LOGGING_API_SERVICE_DESCRIPTOR
 echo $$ >"$WORKERS/$WORKER_ID.new" && mv "$WORKERS/$WORKER_ID.new" "$WORKERS/$WORKER_ID.pid"
 set -- python -m apache_beam.runners.worker.sdk_worker_main
 [ -z "$NAMESPACES" ] || set -- ip netns exec "$NAMESPACES$((${WORKER_ID#worker_} % 3))" "$@"
