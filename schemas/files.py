@@ -220,6 +220,26 @@ def patiently(request: Callable[[], T], what: object) -> T:
         raise DatasetError(_advice(error, str(what))) from error
 
 
+def listing(store: Any, name: str, lister: Callable[..., Any]) -> list[dict[str, Any]]:
+    """What lies below `name`, by `lister` (the store's `ls` or `find`), with names relative to it.
+
+    Nothing is cached: others write to the same store. Empty where there is nothing.
+    """
+    store.invalidate_cache(name)
+    try:
+        entries = lister(name, detail=True)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    finally:
+        store.invalidate_cache(name)
+    prefix = name.rstrip("/") + "/"
+    return [
+        entry | {"name": entry["name"].rstrip("/").removeprefix(prefix)}
+        for entry in (entries.values() if isinstance(entries, dict) else entries)
+        if entry["name"].startswith(prefix) and entry["name"] != prefix
+    ]
+
+
 def _files(folder: Path, pattern: str) -> list[tuple[str, int, float]]:
     """Name, bytes and time of each file in a folder, sorted."""
     found: list[tuple[str, int, float]] = []
@@ -275,23 +295,6 @@ def _whole(store: Any, data: bytes) -> dict[str, int]:
     return {"chunksize": len(data) + 1} if _kind(store) in CREDENTIALS else {}
 
 
-def listing(store: Any, name: str, lister: Callable[..., Any]) -> list[dict[str, Any]]:
-    """What lies below `name`, by names relative to it. Nothing is cached: others write to the same store."""
-    store.invalidate_cache(name)
-    try:
-        entries = lister(name, detail=True)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    finally:
-        store.invalidate_cache(name)
-    prefix = name.rstrip("/") + "/"
-    return [
-        entry | {"name": entry["name"].rstrip("/").removeprefix(prefix)}
-        for entry in (entries.values() if isinstance(entries, dict) else entries)
-        if entry["name"].startswith(prefix) and entry["name"] != prefix
-    ]
-
-
 def _located(path: Any) -> tuple[Any, str]:
     return path.fs, path.path
 
@@ -309,7 +312,10 @@ _REFUSED: Final = ("forbidden", "access denied", "accessdenied", "anonymous call
 
 
 def _is_transient(error: BaseException) -> bool:
-    return isinstance(error, Exception) and not isinstance(error, _LASTING) and not _is_refusal(error)
+    code = getattr(error, "code", None)
+    mistaken = isinstance(code, int) and 400 <= code < 500 and code not in (408, 429)  # timeout, too many requests
+    lasting = mistaken or isinstance(error, _LASTING) or _is_refusal(error)
+    return isinstance(error, Exception) and not lasting
 
 
 def _is_refusal(error: BaseException) -> bool:
