@@ -93,7 +93,7 @@ def annotate(
     with _locked(dataset):
         tokenizer, specs = models_of(options, cluster)
         manifest = begin(options, files, tokenizer, specs)
-        if manifest.state == "complete" and not sizes(dataset / RECORDS):
+        if manifest.state == "complete" and not sizes(dataset / RECORDS, "part-*.json"):
             _clear(dataset)
             return manifest
         if manifest.state == "complete":  # another run measured parts while this was written, or was stopped here
@@ -393,11 +393,17 @@ def _short(value: Any) -> str:
 
 
 def _finished(dataset: Path) -> list[PartRecord]:
-    """Records of parts whose file is there in full size."""
+    """Records of parts whose file is there in full size. Other records are removed: their parts are not finished."""
     paths = [dataset / RECORDS / name for name in sizes(dataset / RECORDS, "part-*.json")]
     found = sizes(dataset / "signals", "part-*.parquet") if paths else {}
     records = [parse(path, data, PartRecord) for path, data in zip(paths, read_many(paths), strict=True)]
-    return [record for record in records if found.get(f"{record.name}.parquet", 0) == record.bytes]
+    finished = []
+    for path, record in zip(paths, records, strict=True):
+        if found.get(f"{record.name}.parquet", 0) == record.bytes:
+            finished.append(record)
+        else:
+            remove(path)
+    return finished
 
 
 def finish(dataset: Path, max_bad: float) -> Manifest:

@@ -93,7 +93,8 @@ def read_bytes(path: Path) -> bytes:
         except PermissionError as error:
             raise DatasetError(f"{path} cannot be read: {error.strerror}") from None
     store, name = _located(path)
-    return patiently(lambda: store.cat_file(name), path)
+    once = {"max_concurrency": 1} if _kind(store) == "s3" else {}  # in pieces, it could be of two versions of the file
+    return patiently(lambda: store.cat_file(name, **once), path)
 
 
 def read_many(paths: Sequence[Path]) -> list[bytes]:

@@ -54,6 +54,14 @@ def test_a_write_that_fails_is_made_again(store, folder, fault, create):
     assert store.files(str(folder)) == {"x": b"whole"}
 
 
+def test_read_with_one_request(store, folder):
+    """However large: what is read in pieces can be of two versions of the file."""
+    data = bytes(12 << 20)
+    store.put(f"{folder}/x", data)
+    assert files.read_bytes(folder / "x") == data
+    assert [request.method for request in store.proxy.requests] == ["GET"]
+
+
 def test_one_creates(store, folder):
     failed, path = [], folder / "x"
 
