@@ -113,7 +113,7 @@ def submit(gcs, dataflow, small_model, tmp_path_factory) -> Any:
             [LACY, "label", "gs://bucket/corpus", "--out", f"gs://bucket/{out}", "--no-wait",
              "--reference", "gs://bucket/models/small", *preset, *arguments,
              "--", f"--dataflow_endpoint={endpoint}", "--no_auth"],
-            env=os.environ | {"LACY_HOME": str(home)}, capture_output=True, text=True, timeout=200,
+            env=os.environ | {"LACY_HOME": str(home)}, capture_output=True, text=True, timeout=400,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         new = {blob.name for blob in bucket.list_blobs()} - before
