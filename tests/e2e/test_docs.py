@@ -191,7 +191,7 @@ def test_plans_are_what_the_command_prints(workplace):
     """docs/scale.md shows a plan below its command, and last all rates."""
     text = (ROOT / "docs" / "scale.md").read_text()
     shown = re.findall(
-        r"^```\n(lacy plan [^\n]+)\n```\n(?:[^`]*\n)?```text\n(.*?)\n```$", text, re.MULTILINE | re.DOTALL
+        r"^```\n(lacy plan [^\n]+)\n```\n(?:[^`]*\n)?```\n(tokens .*?)\n```$", text, re.MULTILINE | re.DOTALL
     )
     assert len(shown) == 4
     for command, plan in shown:
@@ -199,7 +199,7 @@ def test_plans_are_what_the_command_prints(workplace):
         printed = "\n".join(line.rstrip() for line in done.stdout.splitlines())
         assert printed.startswith(plan), command
     rates = printed.partition("replaces any)\n")[2]
-    assert f"```text\n{rates.strip()}\n```" in text
+    assert f"```\n{rates.strip()}\n```" in text
 
 
 def test_the_example_of_a_generation_has_its_fields():
