@@ -100,7 +100,7 @@ def test_the_whole_chain(chain, corpus, local, labeller, tmp_path):
 
     done = run("check", url)
     assert (done.returncode, done.stdout.strip().endswith("sound")) == (0, True), done.stdout + done.stderr
-    tables = [command("stats", where, "--words", 3) for where, command in ((url, run), (local, labeller))]
+    tables = [command("stats", where) for where, command in ((url, run), (local, labeller))]
     assert tables[0].returncode == 0 and tables[0].stdout.replace(url, str(local)) == tables[1].stdout
     done = run("sql", url, "SELECT count(*) AS n FROM tokens WHERE factual", "--format", "csv")
     assert int(done.stdout.split()[1]) == json.loads(written["manifest.json"])["factual"]
