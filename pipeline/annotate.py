@@ -32,7 +32,7 @@ from pipeline.packed import listed, pack, unpack
 from pipeline.readers import Bad, CopyGoneError, read
 from pipeline.sources import Range, Stream
 from pipeline.submit import absolute
-from pipeline.write import is_finished, require_admission, write_part
+from pipeline.write import has_record, is_finished, require_admission, write_part
 from schemas.manifest import PartRecord, at
 
 
@@ -139,6 +139,8 @@ class _Read(beam.DoFn):
     def process(self, part: Range) -> Iterator[Part]:
         started = time.monotonic()
         require_admission(self._dataset, self._run)
+        if has_record(self._dataset, part.name):
+            return
         try:
             documents = read(part)
         except CopyGoneError:

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.readers import Bad
-from schemas.files import DatasetError, read_bytes, sha256, sizes, write_atomic
+from schemas.files import DatasetError, read_bytes, sha256, write_atomic
 from schemas.manifest import RECORDS, PartRecord, deadletter_path, read_manifest, record_path, save, signals_path
 from schemas.parts import SIGNALS, select, to_parquet
 
@@ -74,6 +74,14 @@ def _admission(dataset: Path, run: str) -> Path:
     return dataset / RECORDS / f"run-{run[:16]}"
 
 
+def has_record(dataset: Path, name: str) -> bool:
+    """Whether a part is finished: by a worker that was taken for lost, or by another run of the same command."""
+    try:
+        return bool(read_bytes(record_path(dataset, name)))
+    except FileNotFoundError:
+        return False
+
+
 def is_finished(dataset: Path, name: str) -> bool:
-    """Whether a part has its record, or the whole dataset is finished, by another run perhaps."""
-    return bool(sizes(dataset / RECORDS, f"{name}.json")) or read_manifest(dataset).state == "complete"
+    """Whether a part has its record, or the whole dataset is finished."""
+    return has_record(dataset, name) or read_manifest(dataset).state == "complete"
