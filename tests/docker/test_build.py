@@ -7,6 +7,7 @@ script for what is copied from Beam's and the launcher's. Needs root, and apt-ge
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -64,7 +65,7 @@ class Engine:
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory) -> Engine:
+def engine(tmp_path_factory) -> Iterator[Engine]:
     folder = tmp_path_factory.mktemp("engine")
     engine = Engine(folder)
     system = folder / "debian"
@@ -80,7 +81,9 @@ def engine(tmp_path_factory) -> Engine:
         path.chmod(0o755)
     engine.image(folder / "beam", "localhost/beam")
     shutil.rmtree(system)
-    return engine
+    yield engine
+    engine("rm", "--all")
+    engine("rmi", "--all", "--force")
 
 
 def configure_pip(system: Path) -> list[str]:
@@ -88,6 +91,7 @@ def configure_pip(system: Path) -> list[str]:
     listed = subprocess.run(["pip", "config", "list"], check=True, capture_output=True, text=True).stdout
     pairs = [line.partition("=")[::2] for line in listed.splitlines()]
     values = {name.rpartition(".")[2]: value.strip("'").replace("\\n", " ") for name, value in pairs}
+    values = {name: values[name] for name in ("cert", "index-url", "extra-index-url", "find-links") if name in values}
     if certificates := values.get("cert"):
         shutil.copy(certificates, system / "etc/ssl/certs/ca-certificates.crt")
         values["cert"] = "/etc/ssl/certs/ca-certificates.crt"
