@@ -161,7 +161,7 @@ def measure(
     finished = _finished(dataset)
     committed = frozenset(record.name for record in finished)
     ranges = [item for item in planned if isinstance(item, Range) and item.name not in committed]
-    streams = [item for item in planned if isinstance(item, Stream)]
+    streams = [item for item in planned if isinstance(item, Stream) and not spool.is_measured(item, dataset, committed)]
     if on_start:
         size = sum(part.end - part.start for part in ranges)
         on_start(Outlook(len(ranges), size, finished))
@@ -202,8 +202,21 @@ def measure(
         return local.run(
             graph, workers=options.workers, beam_options=beam_options, on_progress=on_progress, debug=debug
         )
+
+    def complete() -> bool:
+        names = {record.name for record in _finished(dataset)}
+        return {part.name for part in ranges} <= names and all(spool.is_measured(s, dataset, names) for s in streams)
+
     count = submit.counter(dataset, committed, {part.name: part.end - part.start for part in ranges})
-    submit.run(graph, beam_options=beam_options or [], name=work.run[:16], count=count, on_progress=on_progress, **far)
+    submit.run(
+        graph,
+        beam_options=beam_options or [],
+        name=work.run[:16],
+        count=count,
+        complete=complete,
+        on_progress=on_progress,
+        **far,
+    )
     return [] if far.get("wait", True) else None
 
 

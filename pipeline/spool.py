@@ -8,7 +8,7 @@ import bz2
 import gzip
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import suppress
 from dataclasses import asdict
 from io import BufferedReader
@@ -29,15 +29,30 @@ def spool(stream: Stream, dataset: Path, part_bytes: int, committed: set[str]) -
 
     A list of the ranges is written last, so that a second call reads that alone.
     """
-    index = dataset / FOLDER / f"stream-{stream.index:05d}.json"
     with suppress(FileNotFoundError):
-        ranges = [Range(**fields) for fields in json.loads(read_bytes(index))]
+        ranges = _listed(stream, dataset)
         copies = sizes(dataset / FOLDER, f"part-{stream.index:05d}-*").keys()
         if all(part.name in committed or Path(part.path).name in copies for part in ranges):
             return ranges
     ranges = list(cut(stream, dataset, part_bytes, committed))
-    write_atomic(index, json.dumps([asdict(part) for part in ranges]).encode())
+    write_atomic(_list(stream, dataset), json.dumps([asdict(part) for part in ranges]).encode())
     return ranges
+
+
+def is_measured(stream: Stream, dataset: Path, finished: Set[str]) -> bool:
+    """Whether a stream has been cut, and all its parts are finished."""
+    try:
+        return all(part.name in finished for part in _listed(stream, dataset))
+    except FileNotFoundError:
+        return False
+
+
+def _listed(stream: Stream, dataset: Path) -> list[Range]:
+    return [Range(**fields) for fields in json.loads(read_bytes(_list(stream, dataset)))]
+
+
+def _list(stream: Stream, dataset: Path) -> Path:
+    return dataset / FOLDER / f"stream-{stream.index:05d}.json"
 
 
 def cut(stream: Stream, dataset: Path, part_bytes: int, committed: set[str]) -> Iterator[Range]:

@@ -50,6 +50,7 @@ def run(
     beam_options: list[str],
     name: str | None = None,
     count: Callable[[], Counts],
+    complete: Callable[[], bool] = lambda: False,
     on_submit: Callable[[str], None] | None = None,
     on_progress: Callable[[Counts], None] | None = None,
     wait: bool = True,
@@ -59,6 +60,7 @@ def run(
 
     name: of the run; one of the same name finds its engines, where some still stand
     count: what is finished, by the dataset (`counter`)
+    complete: whether all is finished, whatever the job waits for: then one that stands still is cancelled as done
     on_submit: told the job's id
     wait: False ends when the job is submitted
     patience: seconds without a newly finished part after which the job is given up and cancelled, before the first one
@@ -102,7 +104,9 @@ def run(
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"stopped; {_cancel(result)}; {KEPT}") from None
     except RunError as error:
-        raise RunError(f"{error}; {_cancel(result)}; {KEPT}") from None
+        cancelled = _cancel(result)
+        if not complete():
+            raise RunError(f"{error}; {cancelled}; {KEPT}") from None
     if failure:
         raise RunError(failure[0])
 

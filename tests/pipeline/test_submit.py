@@ -102,6 +102,12 @@ def test_a_job_that_stands_still_is_given_up_and_cancelled():
     assert "a worker may have died; the job was cancelled; finished parts are kept" in str(told.value)
 
 
+def test_a_job_that_stands_still_with_nothing_left_is_done():
+    everything = {"count": lambda: Counts(parts=1), "complete": lambda: True}
+    submit.run(graph(stand_still), beam_options=HERE, patience=0.5, **everything)
+    assert not released.is_set()
+
+
 def test_machines_may_take_long_until_the_first_part():
     def come_up() -> None:
         time.sleep(3 * submit.POLL)
