@@ -80,7 +80,7 @@ def build(pipeline: beam.Pipeline, plan: AnnotatePlan, heartbeat: Heartbeat) -> 
     cut = (
         listed(pipeline, "streams", plan.streams, Stream)
         | "spread streams" >> beam.Reshuffle()
-        | "cut streams" >> beam.ParDo(_Cut(plan.dataset, plan.part_bytes, plan.committed, heartbeat))
+        | "cut streams" >> beam.ParDo(_Cut(plan.dataset, plan.run, plan.part_bytes, plan.committed, heartbeat))
     )
     parts = (
         (listed(pipeline, "ranges", plan.ranges, Range), cut)
@@ -111,8 +111,8 @@ def _scoring(plan: AnnotatePlan, heartbeat: Heartbeat) -> dict[str, beam.PTransf
 
 
 class _Cut(beam.DoFn):
-    def __init__(self, dataset: Path, part_bytes: int, committed: frozenset[str], heartbeat: Heartbeat):
-        self._dataset, self._part_bytes, self._heartbeat = dataset, part_bytes, heartbeat
+    def __init__(self, dataset: Path, run: str, part_bytes: int, committed: frozenset[str], heartbeat: Heartbeat):
+        self._dataset, self._run, self._part_bytes, self._heartbeat = dataset, run, part_bytes, heartbeat
         self._packed = pack(sorted(committed))
 
     def setup(self) -> None:
@@ -120,6 +120,7 @@ class _Cut(beam.DoFn):
         self._heartbeat.start()
 
     def process(self, stream: Stream) -> Iterator[Range]:
+        require_admission(self._dataset, self._run)
         for part in spool.spool(stream, self._dataset, self._part_bytes, self._committed):
             if part.name not in self._committed:
                 self._heartbeat.planned(1, part.end - part.start)
