@@ -111,7 +111,10 @@ def decide(
         submit.run(graph, beam_options=beam_options or [], count=progress)
     else:
         local.run(graph, workers=workers)
-    written = read_many([_record_path(decision, batch) for batch in planned])
+    try:
+        written = read_many([_record_path(decision, batch) for batch in planned])
+    except FileNotFoundError:  # the other one took them away
+        raise DatasetError(f"another run decides {decision.folder} at the same time: run this one again") from None
     records = [record for data in written for record in _RECORDS.validate_json(data)]
     for stray in sizes(decision.folder, "*.parquet").keys() - {f"{record.name}.parquet" for record in records}:
         remove(decision.folder / stray)

@@ -409,7 +409,11 @@ def _finished(dataset: Path) -> list[PartRecord]:
     """Records of parts whose file is there in full size. Other records are removed: their parts are not finished."""
     paths = [dataset / RECORDS / name for name in sizes(dataset / RECORDS, "part-*.json")]
     found = sizes(dataset / "signals", "part-*.parquet") if paths else {}
-    records = [parse(path, data, PartRecord) for path, data in zip(paths, read_many(paths), strict=True)]
+    try:
+        read = read_many(paths)
+    except FileNotFoundError:  # another run has folded them, and takes them away: only a store lets two run at once
+        return _finished(dataset)
+    records = [parse(path, data, PartRecord) for path, data in zip(paths, read, strict=True)]
     finished = []
     for path, record in zip(paths, records, strict=True):
         if found.get(f"{record.name}.parquet", 0) == record.bytes:
@@ -424,7 +428,8 @@ def finish(dataset: Path, max_bad: float) -> Manifest:
 
     Another run may have done so while this one measured some parts again: what it recorded is folded once more.
     """
-    manifest, fresh = read_manifest(dataset), _finished(dataset)
+    fresh = _finished(dataset)
+    manifest = read_manifest(dataset)  # after the records, which go when they are in it
     by_name = {record.name: record for record in [*manifest.parts, *fresh]}
     _drop_duplicates(dataset, by_name)
     records = [by_name[name] for name in sorted(by_name)]

@@ -138,8 +138,12 @@ def test_killed_and_finished_by_two_at_once(chain, corpus, local):
     beside = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     done = run(*arguments)
     _, told = beside.communicate(timeout=200)
-    assert (done.returncode, beside.returncode) == (0, 0), done.stderr + told
     assert "going on" in done.stderr + told
+    # Both measure the same; when both then decide at the same time, one of them may be told to come again.
+    failed = [
+        text.splitlines()[-1] for text, code in ((done.stderr, done.returncode), (told, beside.returncode)) if code
+    ]
+    assert len(failed) < 2 and all("decides" in line and "run this one again" in line for line in failed), failed
     done = run("decide", url, "--policy", "loss", "--budget", 0.2)
     assert done.returncode == 0, done.stderr
     like(store, store.files(url), local, corpus)
