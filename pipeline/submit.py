@@ -105,8 +105,9 @@ def run(
         raise KeyboardInterrupt(f"stopped; {_cancel(result)}; {KEPT}") from None
     except RunError as error:
         cancelled = _cancel(result)
-        if not complete():
-            raise RunError(f"{error}; {cancelled}; {KEPT}") from None
+        if complete():
+            return
+        raise RunError(f"{error}; {cancelled}; {KEPT}") from None
     if failure:
         raise RunError(failure[0])
 
