@@ -35,7 +35,8 @@ ELSEWHERE = ("pip install", "make ", "gs://", "s3://", "pre-commit", "--on ")
 
 
 def blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+    return [text for name, text in found if name == language]
 
 
 def commands(page: Path) -> list[str]:
