@@ -127,5 +127,5 @@ def test_a_worker_labels(engine, work):
 def test_training_runs(engine, work):
     image = engine.build("lacy-train", "--file", "docker/train.Dockerfile")
     command = "-m lacy train labelled --out run --model tiny --context 64 --max-steps 2 --batch 1"
-    engine.run(image, work, f"gcc --version; torchrun --standalone --nproc-per-node 2 {command}")
+    engine.run(image, work, f"gcc --version; torchrun --standalone --local-addr 127.0.0.1 --nproc-per-node 2 {command}")
     assert (work / "run" / "checkpoints").is_dir()

@@ -163,7 +163,19 @@ def test_training_runs_under_torchrun(tmp_path_factory, context, labelled):
     image.build(stages(DOCKER / "train.Dockerfile")["train"])
     expected = {normal(name): version for name, version in pins("train.lock").items()}
     assert image.packages() == expected | {"lacy": "0.1.0", "pip": ""}
-    command = ["--standalone", "--nproc-per-node", "2", "-m", "lacy", "train", labelled, "--out", "run"]
+    command = [
+        "--standalone",
+        "--local-addr",
+        "127.0.0.1",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "lacy",
+        "train",
+        labelled,
+        "--out",
+        "run",
+    ]
     done = image.offline("torchrun", *command, "--model", "tiny", "--context", "64", "--max-steps", "2", "--batch", "1")
     assert done.returncode == 0, done.stderr[-3000:]
     assert list((image.root / "home/run/checkpoints").iterdir())
