@@ -13,6 +13,8 @@ from tests.forks import CASCADE, LABEL, Forks
 for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# gcsfs reads this when it is imported, which any test may do: it would ask Google, over gRPC, what kind a bucket is.
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 
 LACY = Path(sys.executable).with_name("lacy")
 

@@ -19,7 +19,6 @@ NAMES = {
     "AWS_SECRET_ACCESS_KEY": "secret",
     "AWS_DEFAULT_REGION": "us-east-1",
     "NO_GCE_CHECK": "true",
-    "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
 }
 
 
