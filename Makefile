@@ -31,6 +31,7 @@ bench: .venv/test.done
 	.venv/bin/python benchmarks/stats.py
 	.venv/bin/python benchmarks/train.py
 	.venv/bin/python benchmarks/cascade.py
+	.venv/bin/python benchmarks/scale.py
 
 lock:
 	$(PYTHON) requirements/lock.py
