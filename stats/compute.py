@@ -101,7 +101,7 @@ def compute(
             rows = connection.execute(
                 f"SELECT count(*) FROM {'documents' if where is None else 'looked_at'}"
             ).fetchall()
-        except duckdb.Error as error:
+        except (duckdb.Error, pa.ArrowException, OSError) as error:  # Arrow's, where it streams what DuckDB reads
             raise DatasetError(f"{dataset} cannot be read: {one_line(error)} (lacy check says more)") from None
     at_least = _rare(counts.tokens)
     return Stats(

@@ -137,4 +137,6 @@ def one_line(error: Exception) -> str:
 
 def _last_line(message: str) -> str:
     lines = [line.strip() for line in message.splitlines() if line.strip()]
-    return re.sub(r"^(OSError|FileNotFoundError|PermissionError): ", "", lines[-1] if lines else "")
+    return re.sub(
+        r"^(schemas\.files\.DatasetError|OSError|FileNotFoundError|PermissionError): ", "", lines[-1] if lines else ""
+    )

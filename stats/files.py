@@ -14,6 +14,7 @@ from typing import Any
 
 from fsspec import AbstractFileSystem
 
+from schemas.files import patiently
 from schemas.views import PREFIX
 
 _UNCHANGED = datetime(2000, 1, 1, tzinfo=UTC)
@@ -56,7 +57,7 @@ class DatasetFiles(AbstractFileSystem):
         size = self._size(path)
         if not self._local:
             file = self._dataset / path.removeprefix(PREFIX)
-            return _Ranges(file.fs, file.path, size)
+            return _Ranges(file, size)
         return io.FileIO(self._open_local(f"{self._dataset}/{path.removeprefix(PREFIX)}", size))
 
     def _open_local(self, path: str, size: int) -> int:
@@ -82,8 +83,8 @@ class DatasetFiles(AbstractFileSystem):
 class _Ranges(io.RawIOBase):
     """An object of a store: what is asked for is one request, and nothing is read ahead."""
 
-    def __init__(self, store: AbstractFileSystem, path: str, size: int):
-        self._store, self._path, self._size, self._place = store, path, size, 0
+    def __init__(self, file: Any, size: int):
+        self._file, self._size, self._place = file, size, 0
 
     def readable(self) -> bool:
         return True
@@ -102,6 +103,7 @@ class _Ranges(io.RawIOBase):
         end = self._size if size < 0 else min(self._place + size, self._size)
         if end <= self._place:
             return b""
-        data = self._store.cat_file(self._path, start=self._place, end=end)
+        store, name = self._file.fs, self._file.path
+        data = patiently(lambda: store.cat_file(name, start=self._place, end=end), self._file)
         self._place += len(data)
         return data

@@ -66,7 +66,7 @@ def fetched(monkeypatch):
 
     def counting(self, size=-1):
         data = read(self, size)
-        found.append((self._path, len(data)))
+        found.append((self._file.path, len(data)))
         return data
 
     monkeypatch.setattr(files._Ranges, "read", counting)
