@@ -154,7 +154,8 @@ def remove_tree(folder: Path) -> None:
 
     def remove_all() -> None:
         if left := listing(store, name, store.find):
-            store.rm([f"{name}/{entry['name']}" for entry in left])
+            with suppress(FileNotFoundError):  # another removes the same
+                store.rm([f"{name}/{entry['name']}" for entry in left])
         if left and listing(store, name, store.find):
             raise OSError(f"{len(left)} objects could not be removed")
 
