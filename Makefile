@@ -1,18 +1,17 @@
 # Everything happens in .venv, made from the locks in requirements/.
-# Debian's python3 has no venv without another package: virtualenv does for it.
 # PYTHON: any of python3.11, python3.12, python3.13.  make test SLOW=1 runs the slow tests too.
 PYTHON ?= python3
-PIP := .venv/bin/python -m pip --disable-pip-version-check -qq
 
-.PHONY: help demo test check bench lock clean
+.PHONY: help demo test check check-locks bench lock clean
 
 help:
 	@echo "make demo    label a piece of Wikipedia and look at it"
 	@echo "make test    the tests (SLOW=1: the slow ones too)"
 	@echo "make check   lint, format, types"
+	@echo "make check-locks   can the locks be installed from the package index alone?"
 	@echo "make bench   every benchmark but mfu.py, which wants a GPU"
 	@echo "make lock    renew requirements/*.lock"
-	@echo "make clean   remove .venv and demo/"
+	@echo "make clean   remove .venv, .uv and demo/"
 
 demo: .venv/demo.done
 	@.venv/bin/python -m lacy.demo
@@ -25,6 +24,9 @@ check: .venv/test.done
 	.venv/bin/ruff check .
 	.venv/bin/mypy
 
+check-locks: .venv/test.done
+	.venv/bin/python requirements/lock.py --check
+
 bench: .venv/test.done
 	.venv/bin/python benchmarks/label.py
 	.venv/bin/python benchmarks/score.py
@@ -33,29 +35,16 @@ bench: .venv/test.done
 	.venv/bin/python benchmarks/cascade.py
 	.venv/bin/python benchmarks/scale.py
 
-lock:
-	$(PYTHON) requirements/lock.py
+lock: .venv/test.done
+	PATH="$(PATH):.uv/bin" .venv/bin/python requirements/lock.py --upgrade
 
 clean:
-	rm -rf .venv demo
+	rm -rf .venv .uv demo
 
-.venv/bin/python:
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
-		|| { echo "lacy needs Python 3.11, 3.12 or 3.13: make PYTHON=python3.12"; exit 1; }
-	@$(PYTHON) -m venv .venv 2>/dev/null || { rm -rf .venv .bootstrap; \
-		$(PYTHON) -m pip install -qq --target .bootstrap virtualenv && \
-		PYTHONPATH=.bootstrap $(PYTHON) -m virtualenv --quiet .venv && rm -rf .bootstrap; }
-	@$(PIP) install --upgrade pip
-
-.venv/demo.done: requirements/demo.lock pyproject.toml | .venv/bin/python
-	@echo "installing into .venv (about two minutes the first time) ..."
-	@$(PIP) install -r requirements/demo.lock
-	@$(PIP) install --no-deps -e .
+.venv/demo.done: requirements/demo.lock requirements/install.py pyproject.toml
+	@$(PYTHON) requirements/install.py demo
 	@touch $@
 
-.venv/test.done: requirements/test.lock requirements/vllm.lock pyproject.toml | .venv/bin/python
-	@echo "installing into .venv (about four minutes the first time) ..."
-	@$(PIP) install -r requirements/test.lock
-	@$(PIP) install --no-deps -r requirements/vllm.lock
-	@$(PIP) install --no-deps -e .
+.venv/test.done: requirements/test.lock requirements/vllm.lock requirements/install.py pyproject.toml
+	@$(PYTHON) requirements/install.py test
 	@touch $@

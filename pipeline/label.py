@@ -53,6 +53,7 @@ from schemas.manifest import (
 )
 
 TOKENIZER = "tokenizer"
+GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # of NVIDIA's driver, AMD's, and both under WSL
 REACH_SECONDS = 5.0  # in which one of the servers must answer when a run starts
 
 
@@ -340,6 +341,8 @@ def _gpus(options: LabelOptions, cluster: Cluster | None) -> int:
         return 0
     if cluster:
         return cluster.accelerators
+    if not any(Path(device).exists() for device in GPU_DEVICES):  # torch takes a second and a gigabyte to say so
+        return 0
     import torch
 
     return torch.cuda.device_count()
