@@ -34,9 +34,9 @@ from tokenizers.models import BPE
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.utils.logging import disable_progress_bar
 
-from cascade.generate import Generation, Options, generate
-from cascade.model import Model
-from cascade.partners import Amount, InProcess
+from lacy.cascade.generate import Generation, Options, generate
+from lacy.cascade.model import Model
+from lacy.cascade.partners import Amount, InProcess
 from tests.cascade.models import CALL, END, opened
 
 HEAD = 64  # width of one

@@ -17,7 +17,7 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
-from trainer.logs import read
+from lacy.trainer.logs import read
 
 PANELS = {
     "nll_other": "Loss of tokens that are not factual, nats",

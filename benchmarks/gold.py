@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from schemas.codes import LEARN
-from schemas.manifest import labels_path, read_complete, signals_path
+from lacy.schemas.codes import LEARN
+from lacy.schemas.manifest import labels_path, read_complete, signals_path
 
 
 def main() -> None:

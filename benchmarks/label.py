@@ -31,7 +31,9 @@ os.environ |= ONE_THREAD | {"TOKENIZERS_PARALLELISM": "false"}  # before NumPy a
 
 import numpy as np  # noqa: E402
 
-from labelers import grammar, models, reference, tokenize  # noqa: E402
+from lacy.labelers import grammar, tokenize  # noqa: E402
+from lacy.labelers.llm import models  # noqa: E402
+from lacy.labelers.llm import scorer as reference  # noqa: E402
 
 PLAIN_BATCH = 8  # documents
 LACY = Path(sys.executable).with_name("lacy")
@@ -63,8 +65,8 @@ def load(corpus: Path | None, count: int) -> list[dict[str, str]]:
         lines = (gzip.decompress(data) if corpus.suffix == ".gz" else data).splitlines()
         return [{key: row[key] for key in ("id", "text")} for row in map(json.loads, lines[:count])]
     from lacy.demo import SAMPLE
-    from pipeline.readers import read
-    from pipeline.sources import Range
+    from lacy.pipeline.corpus.readers import read
+    from lacy.pipeline.corpus.sources import Range
 
     if not SAMPLE.exists():
         sys.exit("no corpus: name one, or run `make demo` first")

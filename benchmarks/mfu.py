@@ -26,8 +26,8 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from labelers import reference
-from labelers.vllm_scorer import VllmScorer
+from lacy.labelers.llm import scorer as reference
+from lacy.labelers.llm.vllm_scorer import VllmScorer
 
 PEAK = {
     "H100": 989e12,

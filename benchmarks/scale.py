@@ -42,13 +42,14 @@ sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])  # workers import this file
 
 from benchmarks.label import load, write  # noqa: E402  (sets one thread for each library)
-from labelers import models, tokenize  # noqa: E402
-from labelers.reference import Scores  # noqa: E402
-from pipeline import local  # noqa: E402
-from pipeline.annotate import AnnotatePlan, build  # noqa: E402
-from pipeline.options import DEFAULT_REFERENCE, ModelSpec  # noqa: E402
-from pipeline.sources import Range, find_files, plan  # noqa: E402
-from pipeline.write import admit  # noqa: E402
+from lacy.labelers import tokenize  # noqa: E402
+from lacy.labelers.llm import models  # noqa: E402
+from lacy.labelers.llm.scorer import Scores  # noqa: E402
+from lacy.pipeline.corpus.sources import Range, find_files, plan  # noqa: E402
+from lacy.pipeline.graph import AnnotatePlan, build  # noqa: E402
+from lacy.pipeline.options import DEFAULT_REFERENCE, ModelSpec  # noqa: E402
+from lacy.pipeline.runners import local  # noqa: E402
+from lacy.pipeline.write import admit  # noqa: E402
 
 PART_BYTES, PIECE = 4096, 1000  # bytes of a part, characters of a document
 STAGES = ("read", "grammar", "reference", "write")

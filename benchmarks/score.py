@@ -39,11 +39,12 @@ import numpy as np  # noqa: E402
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the process of an engine imports this file
 
 from benchmarks.label import label, load, write  # noqa: E402
-from labelers import models, tokenize  # noqa: E402
-from labelers.engines import Engines, EngineScorer, EngineSpec, run_folder, stop  # noqa: E402
-from labelers.reference import plan_spans  # noqa: E402
-from labelers.server_scorer import ServerScorer  # noqa: E402
-from labelers.vllm_scorer import VllmScorer  # noqa: E402
+from lacy.labelers import tokenize  # noqa: E402
+from lacy.labelers.llm import models  # noqa: E402
+from lacy.labelers.llm.engines import Engines, EngineScorer, EngineSpec, run_folder, stop  # noqa: E402
+from lacy.labelers.llm.scorer import plan_spans  # noqa: E402
+from lacy.labelers.llm.server_scorer import ServerScorer  # noqa: E402
+from lacy.labelers.llm.vllm_scorer import VllmScorer  # noqa: E402
 
 NAMES = ("vllm_vs_bare", "vllm_vs_beam_handler", "server_vs_vllm", "overlap")
 CONTEXT, BATCH_TOKENS = 1024, 2048
@@ -137,7 +138,7 @@ def overlap(rows: list[dict[str, str]], model: str | None, rounds: int) -> float
         for number in range(rounds):
             alone = ("--reference", "none", "--tokenizer", model, "--policy", "none")
             seconds = {"grammar": len(tokens.ids) / label(corpus, Path(folder) / f"grammar-{number}", 1, *alone)}
-            with engines_of("labelers.reference:load", arguments) as engines:
+            with engines_of("lacy.labelers.llm.scorer:load", arguments) as engines:
                 seconds["scoring"] = timed(EngineScorer(engines).score, documents)
             both = ("--reference", model, "--scorer", "transformers", "--engines", 1, "--policy", "none")
             together = len(tokens.ids) / label(corpus, Path(folder) / f"both-{number}", 2, *map(str, both))

@@ -32,10 +32,10 @@ import pyarrow as pa
 sys.path[0] = str(Path(__file__).parent.parent)  # in place of this folder, where this file hides the package stats
 
 import lacy  # noqa: E402
-from schemas import manifest, parts  # noqa: E402
-from schemas.codes import ENT_TYPES, POS  # noqa: E402
-from schemas.files import sha256, write_atomic  # noqa: E402
-from schemas.manifest import LabelRecord, LabelSet, Manifest, PartRecord  # noqa: E402
+from lacy.schemas import manifest, parts  # noqa: E402
+from lacy.schemas.codes import ENT_TYPES, POS  # noqa: E402
+from lacy.schemas.files import sha256, write_atomic  # noqa: E402
+from lacy.schemas.manifest import LabelRecord, LabelSet, Manifest, PartRecord  # noqa: E402
 
 LACY = Path(sys.executable).with_name("lacy")
 DOCUMENTS = 500  # in a part

@@ -95,7 +95,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def settings(options: argparse.Namespace, out: str, objective: str) -> Any:
-    from trainer.config import TrainConfig
+    from lacy.trainer.config import TrainConfig
 
     return TrainConfig(
         dataset=str(options.dataset),
@@ -114,7 +114,7 @@ def settings(options: argparse.Namespace, out: str, objective: str) -> Any:
 
 
 def ours(options: argparse.Namespace) -> dict[str, Any]:
-    from trainer.train import train
+    from lacy.trainer.train import train
 
     steps: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as out:
@@ -130,7 +130,7 @@ def plain(options: argparse.Namespace) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from trainer import model, shards
+    from lacy.trainer import model, shards
 
     with tempfile.TemporaryDirectory() as out:
         config = settings(options, out, "standard")
@@ -162,7 +162,7 @@ def plain(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def loader_alone(options: argparse.Namespace) -> dict[str, Any]:
-    from trainer import shards
+    from lacy.trainer import shards
 
     config = settings(options, ".", "lacy")
     batches = iter(stream(config, shards.open_labels(config.dataset, None), "lacy"))
@@ -175,7 +175,7 @@ def loader_alone(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def stream(config: Any, labels: Any, objective: str = "standard") -> Any:
-    from trainer import data, objectives
+    from lacy.trainer import data, objectives
 
     return data.loader(
         labels,

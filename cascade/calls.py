@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from cascade.errors import CascadeError
-from schemas.files import write_atomic
+from lacy.cascade.errors import CascadeError
+from lacy.schemas.files import write_atomic
 
 CallScore = Literal["margin", "uncertainty", "combined"]
 CALL_SCORES: Final = get_args(CallScore)

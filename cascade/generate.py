@@ -5,7 +5,7 @@
 
 At each position of a text the small model reads what stands there, and its call score is compared with a threshold
 (`cascade.calls`). Below it the small model writes its own likeliest token, <CALL> and other tokens without text left
-out; above it the partner is asked, and what it writes becomes tokens of the small model (`cascade.vocabulary`).
+out; above it the partner is asked, and what it writes becomes tokens of the small model (`lacy.cascade.vocabulary`).
 
 Texts are written side by side in `batch` slots; one that ends makes room for the next. What a text becomes depends on
 its prompt, its place among the prompts where tokens are sampled, and the options; not on the others.
@@ -21,12 +21,12 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from cascade.calls import WINDOW, CallScore, Fixed, Quantile, Scores, forbid, scores
-from cascade.errors import CascadeError
-from cascade.model import Model
-from cascade.partners import Answer, Partner, Request, Sampling, pick
-from cascade.reader import Reader
-from cascade.vocabulary import Writing, incomplete
+from lacy.cascade.calls import WINDOW, CallScore, Fixed, Quantile, Scores, forbid, scores
+from lacy.cascade.errors import CascadeError
+from lacy.cascade.model import Model
+from lacy.cascade.partners import Answer, Partner, Request, Sampling, pick
+from lacy.cascade.reader import Reader
+from lacy.cascade.vocabulary import Writing, incomplete
 
 BUDGET = 0.22  # the paper's
 NEW_TEXTS = 8  # read side by side: the logits of their warm-up are large
@@ -166,7 +166,7 @@ def generate(
 ) -> Iterator[Generation]:
     """Continue prompts; yields as texts end, not in the order of the prompts (`Generation.index`).
 
-    partner   None: calls are forbidden. Wrap it in `cascade.partners.Patient`, which does not raise
+    partner   None: calls are forbidden. Wrap it in `lacy.cascade.partners.Patient`, which does not raise
     on_piece  is told of characters as they are written
     remember  keep keys and values; without, each step reads all texts anew
 

@@ -14,9 +14,9 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from cascade.errors import CascadeError
-from cascade.generate import Author, Finish, Generation, Piece, Token
-from schemas.printable import BIDI, printable
+from lacy.cascade.errors import CascadeError
+from lacy.cascade.generate import Author, Finish, Generation, Piece, Token
+from lacy.schemas.printable import BIDI, printable
 
 PROMPT: Final = "dim"
 STYLES: Final[dict[Author, str]] = {"slm": "", "partner": "bold cyan", "both": "italic magenta"}

@@ -9,8 +9,8 @@ import sys
 
 from huggingface_hub import snapshot_download
 
-from labelers.grammar import load_pipeline
-from labelers.models import PACKAGED, get_model
+from lacy.labelers.grammar import load_pipeline
+from lacy.labelers.llm.models import PACKAGED, get_model
 
 FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
 

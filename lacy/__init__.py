@@ -3,14 +3,18 @@
 from importlib.metadata import version
 from typing import Any
 
-__version__ = version("lacy")
+
+def __getattr__(name: str) -> str:
+    if name == "__version__":
+        return version("lacy")
+    raise AttributeError(f"module 'lacy' has no attribute {name!r}")
 
 
 def connect(dataset: Any) -> Any:
     """A DuckDB connection with the views of a dataset, a folder or a URL: documents, tokens, labels, parts.
 
-    It reads the files of the dataset and can open nothing else (see stats.connect, and docs/queries.md).
+    It reads the files of the dataset and can open nothing else (see lacy.stats.connect, and docs/queries.md).
     """
-    from stats.connect import connect as _connect
+    from lacy.stats.connect import connect as _connect
 
     return _connect(dataset)

@@ -271,7 +271,7 @@ def _who(given: dict[str, Any]) -> Any:
 
 
 def _how(given: dict[str, Any]) -> dict[str, Any]:
-    """Of `cascade.generate.Options`, and the weight, which may be None."""
+    """Of `lacy.cascade.generate.Options`, and the weight, which may be None."""
     names = ("budget", "threshold", "call_score", "weight", "temperature", "top_p", "seed", "batch")
     found = {name: given[name] for name in names if name in given}
     return found | {"max_new_tokens": given["new_tokens"]}

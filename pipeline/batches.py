@@ -8,7 +8,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from schemas.manifest import PartRecord
+from lacy.schemas.manifest import PartRecord
 
 PARTS, TOKENS = 256, 1 << 20  # a batch ends with the part that reaches one of them
 

@@ -16,12 +16,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tokenizers import Tokenizer
 
-from labelers import tokenize
-from pipeline.batches import batches, bounds, join, parse
-from schemas import codes
-from schemas.files import DatasetError, read_bytes, read_many, sha256, sizes
-from schemas.manifest import LabelRecord, LabelSet, Manifest, PartRecord
-from schemas.parts import LABELS, SIGNALS, TOKEN_COLUMNS, select
+from lacy.labelers import tokenize
+from lacy.pipeline.batches import batches, bounds, join, parse
+from lacy.schemas import codes
+from lacy.schemas.files import DatasetError, read_bytes, read_many, sha256, sizes
+from lacy.schemas.manifest import LabelRecord, LabelSet, Manifest, PartRecord
+from lacy.schemas.parts import LABELS, SIGNALS, TOKEN_COLUMNS, select
 
 BATCH_PARTS, BATCH_TOKENS = 256, 1 << 20  # a batch ends with the part that reaches one of them
 _COLUMNS = "columns are not those of the schema"
@@ -233,7 +233,7 @@ def _signals(tokenizer: tokenize.TargetTokenizer, parts: Sequence[tuple[PartReco
         yield "token offsets do not rise"
     for name, table_of_codes in (("pos", codes.POS), ("ent_type", codes.ENT_TYPES)):
         if len(ids) and columns[name].values.to_numpy().max() >= len(table_of_codes):
-            yield f"{name} has a code that schemas.codes does not know"
+            yield f"{name} has a code that lacy.schemas.codes does not know"
     for name in ("ref_nll", "student_nll"):
         if name not in columns:
             continue

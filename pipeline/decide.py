@@ -20,15 +20,15 @@ import numpy.typing as npt
 import pyarrow as pa
 from pydantic import TypeAdapter
 
-from labelers import policies
-from labelers.policies import Selection
-from pipeline import local, submit
-from pipeline.batches import batches, bounds, join, parse
-from pipeline.heartbeat import Counts as Progress
-from pipeline.heartbeat import Heartbeat
-from pipeline.packed import listed
-from schemas.codes import DELEGATE, IGNORE
-from schemas.files import (
+from lacy.labelers import policies
+from lacy.labelers.policies import Selection
+from lacy.pipeline.batches import batches, bounds, join, parse
+from lacy.pipeline.runners import local, submit
+from lacy.pipeline.runners.heartbeat import Counts as Progress
+from lacy.pipeline.runners.heartbeat import Heartbeat
+from lacy.pipeline.runners.packed import listed
+from lacy.schemas.codes import DELEGATE, IGNORE
+from lacy.schemas.files import (
     DatasetError,
     read_many,
     remove,
@@ -38,8 +38,18 @@ from schemas.files import (
     sizes,
     write_atomic,
 )
-from schemas.manifest import LabelRecord, LabelSet, Manifest, at, labels_path, load, read_complete, save, signals_path
-from schemas.parts import LABELS, select, to_parquet
+from lacy.schemas.manifest import (
+    LabelRecord,
+    LabelSet,
+    Manifest,
+    at,
+    labels_path,
+    load,
+    read_complete,
+    save,
+    signals_path,
+)
+from lacy.schemas.parts import LABELS, select, to_parquet
 
 POLICY, RECORDS = "policy.json", ".parts"
 WRITERS = 16  # threads that encode and write the parts of a batch

@@ -8,14 +8,14 @@ import apache_beam as beam
 import numpy as np
 import pyarrow as pa
 
-from labelers.tokenize import Tokens
-from pipeline.readers import Bad
-from pipeline.sources import Range
+from lacy.labelers.tokenize import Tokens
+from lacy.pipeline.corpus.readers import Bad
+from lacy.pipeline.corpus.sources import Range
 
 
 @dataclass(frozen=True)
 class Part:
-    """One part on its way: its range, its documents so far (columns of schemas.parts.SIGNALS), and what is bad."""
+    """One part on its way: its range, its documents so far (columns of lacy.schemas.parts.SIGNALS), and what is bad."""
 
     range: Range
     batch: pa.RecordBatch

@@ -17,14 +17,14 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline import spool
-from pipeline.decide import decide
-from pipeline.heartbeat import Counts, PartCost
-from pipeline.label import Outlook, begin, finish, measure, models_of
-from pipeline.options import LabelOptions, ModelSpec
-from pipeline.sources import Range, Stream, default_part_bytes, find_files, part_name, plan
-from schemas.manifest import CorpusFile
-from schemas.parts import to_parquet
+from lacy.pipeline.corpus import spool
+from lacy.pipeline.corpus.sources import Range, Stream, default_part_bytes, find_files, part_name, plan
+from lacy.pipeline.decide import decide
+from lacy.pipeline.label import Outlook, begin, finish, measure, models_of
+from lacy.pipeline.options import LabelOptions, ModelSpec
+from lacy.pipeline.runners.heartbeat import Counts, PartCost
+from lacy.schemas.manifest import CorpusFile
+from lacy.schemas.parts import to_parquet
 
 PIECES = 24
 CPU_PIECE_BYTES = 1 << 14  # some thousand tokens: a minute or two in all, on a laptop
@@ -75,7 +75,7 @@ def estimate(
 ) -> Estimate:
     """Label a sample in a temporary folder; nothing is written to `options.out`.
 
-    Raises what `pipeline.label.annotate` raises.
+    Raises what `lacy.pipeline.label.annotate` raises.
     """
     files = find_files(options.corpus)
     tokenizer, specs = models_of(options)

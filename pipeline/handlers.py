@@ -10,11 +10,11 @@ import numpy as np
 import pyarrow as pa
 from apache_beam.ml.inference.base import ModelHandler
 
-from labelers import align, tokenize
-from labelers.engines import EngineChat, Engines, EngineScorer, EngineSpec, run_folder
-from pipeline.element import Part
-from pipeline.heartbeat import Heartbeat
-from pipeline.options import ModelSpec
+from lacy.labelers import align, tokenize
+from lacy.labelers.llm.engines import EngineChat, Engines, EngineScorer, EngineSpec, run_folder
+from lacy.pipeline.element import Part
+from lacy.pipeline.options import ModelSpec
+from lacy.pipeline.runners.heartbeat import Heartbeat
 
 
 class _PartHandler(ModelHandler[Part, Part, Any]):
@@ -34,7 +34,7 @@ class GrammarHandler(_PartHandler):
         self._spacy, self._rule, self._alignment = spacy, rule, alignment
 
     def load_model(self) -> Any:
-        from labelers import grammar  # spaCy takes seconds to import: only where it is used
+        from lacy.labelers import grammar  # spaCy takes seconds to import: only where it is used
 
         return grammar.load_pipeline(self._spacy)
 
@@ -42,7 +42,7 @@ class GrammarHandler(_PartHandler):
         self, batch: Sequence[Part], model: Any, inference_args: dict[str, Any] | None = None
     ) -> Iterable[Part]:
         part: Part = batch  # type: ignore[assignment]
-        from labelers import grammar
+        from lacy.labelers import grammar
 
         started = time.monotonic()
         texts, tokens = part.texts(), part.tokens()
@@ -134,7 +134,7 @@ class JudgeHandler(_PartHandler):
         self, batch: Sequence[Part], model: _Loaded, inference_args: dict[str, Any] | None = None
     ) -> Iterable[Part]:
         part: Part = batch  # type: ignore[assignment]
-        from labelers import judge
+        from lacy.labelers import judge
 
         started = model.clock()
         texts, tokens = part.texts(), part.tokens()

@@ -19,27 +19,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
-from labelers import GRAMMAR_VERSION, models, tokenize
-from labelers import reference as reference_scores
-from pipeline import local, spool, submit
-from pipeline.duplicates import duplicates
-from pipeline.heartbeat import Counts, Heartbeat, PartCost
-from pipeline.options import Backend, LabelOptions, ModelSpec
-from pipeline.presets import Cluster
-from pipeline.readers import Bad, read
-from pipeline.sources import CorpusError, Range, Stream, default_part_bytes, find_files, plan
-from pipeline.write import admit, write_part
-from schemas.files import (
-    folders,
-    is_remote,
-    read_bytes,
-    read_many,
-    remove,
-    remove_temporary,
-    remove_tree,
-    sizes,
-)
-from schemas.manifest import (
+from lacy.labelers import GRAMMAR_VERSION, tokenize
+from lacy.labelers.llm import models
+from lacy.labelers.llm import scorer as reference_scores
+from lacy.pipeline.corpus import spool
+from lacy.pipeline.corpus.readers import Bad, read
+from lacy.pipeline.corpus.sources import CorpusError, Range, Stream, default_part_bytes, find_files, plan
+from lacy.pipeline.duplicates import duplicates
+from lacy.pipeline.options import Backend, LabelOptions, ModelSpec
+from lacy.pipeline.runners import local, submit
+from lacy.pipeline.runners.heartbeat import Counts, Heartbeat, PartCost
+from lacy.pipeline.runners.presets import Cluster
+from lacy.pipeline.write import admit, write_part
+from lacy.schemas.files import folders, is_remote, read_bytes, read_many, remove, remove_temporary, remove_tree, sizes
+from lacy.schemas.manifest import (
     RECORDS,
     CorpusFile,
     DatasetError,
@@ -81,7 +74,7 @@ def annotate(
     """Measure every document of the corpus and return the manifest of the finished dataset.
 
     cluster: the machines that do it, where it is not this one; `beam_options` lead there
-    beam_options, on_submit, wait, patience: of a run that is not on this machine (`pipeline.submit.run`); the
+    beam_options, on_submit, wait, patience: of a run that is not on this machine (`pipeline.runners.submit.run`); the
         manifest of one that is not waited for is still "running"
 
     Raises CorpusError, DatasetError, TokenizerError, ModelError, RunError: one line each.
@@ -156,7 +149,7 @@ def measure(
     """Measure the parts that are not finished yet, and return what each took, which only local runs know.
 
     hints: what Beam is told of the machines that score
-    far: arguments of `pipeline.submit.run`; a run that is not waited for returns None
+    far: arguments of `lacy.pipeline.runners.submit.run`; a run that is not waited for returns None
     """
     assert options.part_bytes is not None
     finished = _finished(dataset)
@@ -169,8 +162,8 @@ def measure(
     if not ranges and not streams:
         return []
     # Beam's RunInference brings torch: a run that has nothing to measure does without.
-    from labelers import grammar
-    from pipeline.annotate import AnnotatePlan, build, for_other_folders
+    from lacy.labelers import grammar
+    from lacy.pipeline.graph import AnnotatePlan, build, for_other_folders
 
     grammar.load_pipeline(options.spacy)  # fails here, in one line, when there is none
     for spec in specs.values():
@@ -223,7 +216,7 @@ def measure(
 
 def _reach(urls: list[str]) -> None:
     """Workers are patient with servers; a mistyped URL is told at once."""
-    from labelers.servers import ServerPool
+    from lacy.labelers.llm.servers import ServerPool
 
     pool = ServerPool(urls, patience=REACH_SECONDS)
     try:
@@ -250,7 +243,7 @@ def models_of(
 ) -> tuple[tokenize.TargetTokenizer, dict[str, ModelSpec]]:
     """Tokenizer and models, or an early failure when one cannot be had.
 
-    Models go to the workers by name: each machine fetches its own (`labelers.models.resolve`).
+    Models go to the workers by name: each machine fetches its own (`lacy.labelers.llm.models.resolve`).
     """
     trust = options.trust_remote_code
     names = {"reference": options.reference, "student": options.student}
@@ -292,7 +285,7 @@ def _scorer(
         role=role,
         model=model,
         backend=backend,
-        factory="labelers.reference:load",
+        factory="lacy.labelers.llm.scorer:load",
         arguments=arguments,
         tokenizer=None if own.sha256 == target.sha256 else model,
         engines=engines,
@@ -305,12 +298,14 @@ def _judge(options: LabelOptions, cluster: Cluster | None) -> ModelSpec:
     if options.judge_server:
         arguments: dict[str, Any] = {"chat": "server", "model": options.judge, "servers": options.judge_server}
         arguments["concurrency"] = _share(options)
-        return ModelSpec("judge", options.judge, "server", "labelers.chat:load", arguments)
+        return ModelSpec("judge", options.judge, "server", "lacy.labelers.llm.chat:load", arguments)
     models.resolve(options.judge)  # fails here, in one line, when there is none
     arguments = {"chat": "vllm", "model": options.judge, "dtype": options.dtype, "threads": options.threads}
     arguments |= {"trust_remote_code": options.trust_remote_code} | options.engine_arg.get("judge", {})
     engines, gpus = _engines(options, cluster, "vllm", "judge")
-    return ModelSpec("judge", options.judge, "vllm", "labelers.chat:load", arguments, engines=engines, gpus=gpus)
+    return ModelSpec(
+        "judge", options.judge, "vllm", "lacy.labelers.llm.chat:load", arguments, engines=engines, gpus=gpus
+    )
 
 
 def _share(options: LabelOptions) -> int:
@@ -364,7 +359,7 @@ def _fingerprints(options: LabelOptions, specs: dict[str, ModelSpec]) -> dict[st
         identity = {} if by_server else models.fingerprint(spec.model)
         found[role] = {"scorer": spec.backend} | identity | {"name": names[role]}
     if "judge" in specs:
-        from labelers import judge
+        from lacy.labelers import judge
 
         prompt = judge.prompt()
         found["judge"] |= {"prompt": prompt.version, "prompt_sha256": prompt.sha256}

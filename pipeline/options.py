@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, field_validator, model_validator
 
-from schemas.manifest import at
+from lacy.schemas.manifest import at
 
 DEFAULT_REFERENCE = "smollm2-135m"
 ROLES = ("reference", "student", "judge")

@@ -16,11 +16,11 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from labelers.policies import PASSES
-from pipeline.options import ROLES
-from pipeline.presets import DISK_GB, GPUS, TAGGER, TAGGER_CORES, TAGGER_RAM_GB, UsageError
-from pipeline.sources import MAX_PART_BYTES, kind_of
-from schemas.manifest import at, label_sets, read_complete
+from lacy.labelers.policies import PASSES
+from lacy.pipeline.corpus.sources import MAX_PART_BYTES, kind_of
+from lacy.pipeline.options import ROLES
+from lacy.pipeline.runners.presets import DISK_GB, GPUS, TAGGER, TAGGER_CORES, TAGGER_RAM_GB, UsageError
+from lacy.schemas.manifest import at, label_sets, read_complete
 
 TESTED_PARTS = 100_000  # in one dataset
 MOST_PART_BYTES = 16 << 20  # by default: what one core tags in half an hour
@@ -262,7 +262,7 @@ def with_dataset(rates: Rates, dataset: str) -> tuple[Rates, int]:
 
 
 def measured(estimate: Any) -> dict[str, dict[str, Any]]:
-    """What `pipeline.estimate.estimate` found, as the content of a file for `with_file`."""
+    """What `lacy.pipeline.estimate.estimate` found, as the content of a file for `with_file`."""
     tokens = estimate.tokens.value
     by_core = [hours.value for stage, hours in estimate.stages.items() if stage not in ROLES]
     values = {

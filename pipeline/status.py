@@ -12,10 +12,10 @@ from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
-from pipeline.sources import Range, Stream, plan
-from pipeline.spool import FOLDER
-from schemas.files import folders, modified, read_bytes, read_many
-from schemas.manifest import LabelSet, Manifest, PartRecord, label_sets, read_manifest, record_path
+from lacy.pipeline.corpus.sources import Range, Stream, plan
+from lacy.pipeline.corpus.spool import FOLDER
+from lacy.schemas.files import folders, modified, read_bytes, read_many
+from lacy.schemas.manifest import LabelSet, Manifest, PartRecord, label_sets, read_manifest, record_path
 
 WINDOW = 600.0  # seconds that the pace is measured over
 QUIET, PAUSES = 300.0, 10.0  # a run stands still when it was quiet for so long, and for so many times its usual pause

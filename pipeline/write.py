@@ -7,10 +7,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.readers import Bad
-from schemas.files import DatasetError, read_bytes, sha256, write_atomic
-from schemas.manifest import RECORDS, PartRecord, deadletter_path, read_manifest, record_path, save, signals_path
-from schemas.parts import SIGNALS, select, to_parquet
+from lacy.pipeline.corpus.readers import Bad
+from lacy.schemas.files import DatasetError, read_bytes, sha256, write_atomic
+from lacy.schemas.manifest import RECORDS, PartRecord, deadletter_path, read_manifest, record_path, save, signals_path
+from lacy.schemas.parts import SIGNALS, select, to_parquet
 
 
 def write_part(

@@ -19,8 +19,8 @@ SIGNALS = pa.schema(
         pa.field("token_starts", pa.list_(pa.int32()), nullable=False),  # characters of text, half open
         pa.field("token_ends", pa.list_(pa.int32()), nullable=False),
         pa.field("factual", pa.list_(pa.bool_()), nullable=False),
-        pa.field("pos", pa.list_(pa.uint8()), nullable=False),  # schemas.codes.POS
-        pa.field("ent_type", pa.list_(pa.uint8()), nullable=False),  # schemas.codes.ENT_TYPES
+        pa.field("pos", pa.list_(pa.uint8()), nullable=False),  # lacy.schemas.codes.POS
+        pa.field("ent_type", pa.list_(pa.uint8()), nullable=False),  # lacy.schemas.codes.ENT_TYPES
         pa.field("ref_nll", pa.list_(pa.float32()), nullable=False),  # nats; null where there is no score
         pa.field("ref_correct", pa.list_(pa.bool_())),  # the reference's most likely token is this one
         pa.field("student_nll", pa.list_(pa.float32())),
@@ -31,7 +31,7 @@ LABELS = pa.schema(
     [
         SIGNALS.field("doc_id"),
         SIGNALS.field("token_ids"),
-        pa.field("label", pa.list_(pa.int8()), nullable=False),  # schemas.codes.LEARN, DELEGATE, IGNORE
+        pa.field("label", pa.list_(pa.int8()), nullable=False),  # lacy.schemas.codes.LEARN, DELEGATE, IGNORE
         SIGNALS.field("factual"),
         SIGNALS.field("ref_nll"),
         SIGNALS.field("student_nll"),

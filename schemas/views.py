@@ -1,7 +1,7 @@
 """The SQL of the DuckDB views over a dataset. They read the part files that the manifest lists, and nothing else.
 
 In SQL a file of the dataset is `dataset://` and its name below the dataset's folder, wherever that lies; the database
-needs a file system of this name (`stats.files`).
+needs a file system of this name (`lacy.stats.files`).
 
 `documents`, one row a document:
     doc_id, source, part                text: NULL without text
@@ -46,10 +46,10 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from schemas.codes import ENT_TYPES, LABELS, POS
-from schemas.manifest import DatasetError, LabelSet, label_sets, labels_path, read_complete, signals_path
-from schemas.parts import LABELS as LABEL_COLUMNS
-from schemas.parts import SIGNALS
+from lacy.schemas.codes import ENT_TYPES, LABELS, POS
+from lacy.schemas.manifest import DatasetError, LabelSet, label_sets, labels_path, read_complete, signals_path
+from lacy.schemas.parts import LABELS as LABEL_COLUMNS
+from lacy.schemas.parts import SIGNALS
 
 NAMES: Final = ("documents", "tokens", "labels", "parts")
 PREFIX: Final = "dataset://"

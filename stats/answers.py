@@ -22,9 +22,9 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from schemas.files import open_atomic
-from schemas.printable import printable
-from stats.connect import SqlError, one_line, require_reading
+from lacy.schemas.files import open_atomic
+from lacy.schemas.printable import printable
+from lacy.stats.connect import SqlError, one_line, require_reading
 
 FORMATS: Final = ("table", "csv", "json", "parquet")
 TABLE_ROWS: Final = 100

@@ -18,11 +18,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from schemas.codes import DELEGATE, ENT_TYPES, IGNORE, LABELS, LEARN, POS
-from schemas.manifest import DatasetError, LabelSet, at, label_sets, read_complete
-from schemas.views import document_lists
-from stats.connect import SqlError, connect, one_line, require_reading
-from stats.figures import (
+from lacy.schemas.codes import DELEGATE, ENT_TYPES, IGNORE, LABELS, LEARN, POS
+from lacy.schemas.manifest import DatasetError, LabelSet, at, label_sets, read_complete
+from lacy.schemas.views import document_lists
+from lacy.stats.connect import SqlError, connect, one_line, require_reading
+from lacy.stats.figures import (
     BIN_WIDTH,
     BINS,
     BUDGETS,
@@ -37,7 +37,7 @@ from stats.figures import (
     Stats,
     Word,
 )
-from stats.words import count_words
+from lacy.stats.words import count_words
 
 Row = dict[str, Any]
 Subset = tuple[bool, ...]  # factual tokens, others, or both
@@ -49,7 +49,7 @@ WORDS: Final = 10  # of each kind
 DIFFERENCES: Final = 5  # for each two label sets
 GROUPS: Final = 1000  # values of a column that was asked for
 RARE: Final = 5  # occurrences that the mean loss of a kept word is taken over at least, see `_rare`
-_BATCH = 512  # documents: what `stats.words` makes of them fits a processor's cache
+_BATCH = 512  # documents: what `lacy.stats.words` makes of them fits a processor's cache
 
 # Multiplication and roots round monotonically, so bins are in the order of the losses; narrower where losses are small.
 _BIN = "floor(sqrt(sqrt(CASE WHEN nll < 0 THEN 0 ELSE nll END)) * 2048)::INTEGER"

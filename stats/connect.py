@@ -1,4 +1,4 @@
-"""DuckDB over a dataset: a database in memory with the views of `schemas.views`, and nothing else to reach."""
+"""DuckDB over a dataset: a database in memory with the views of `lacy.schemas.views`, and nothing else to reach."""
 
 import os
 import re
@@ -12,9 +12,9 @@ from typing import Final
 import duckdb
 import pyarrow as pa
 
-from schemas.manifest import DatasetError, at
-from schemas.views import PREFIX, create_views, quote
-from stats.files import DatasetFiles
+from lacy.schemas.manifest import DatasetError, at
+from lacy.schemas.views import PREFIX, create_views, quote
+from lacy.stats.files import DatasetFiles
 
 _REMOTE_THREADS: Final = 4  # for each core: what reads from an object store waits more than it computes
 _EXPLAIN: Final = r"(?is)^\s*explain\b\s*(analy[sz]e\b|\(\s*(analy[sz]e|format)\b[^()]*\))?"
@@ -26,12 +26,12 @@ class SqlError(Exception):
 
 
 def connect(dataset: str | os.PathLike[str]) -> duckdb.DuckDBPyConnection:
-    """A connection with the views documents, tokens, labels and parts; their columns are in `schemas.views`.
+    """A connection with the views documents, tokens, labels and parts; their columns are in `lacy.schemas.views`.
 
     `dataset` is a folder or a URL (s3://, gs://, any that fsspec knows; credentials as s3fs and gcsfs find them).
 
     The database lies in memory and is locked. All that it can open are the files that the manifest lists, to read
-    them (`stats.files`). So whatever SQL it is given, however it is spelt, it cannot write to the dataset, read or
+    them (`lacy.stats.files`). So whatever SQL it is given, however it is spelt, it cannot write to the dataset, read or
     write other files, follow links out of the dataset, reach the network, install or load extensions, store secrets,
     read Python variables by name, or change any of this. Tables and views that it creates are in memory. A query
     larger than memory spills to a folder of its own below the system's temporary folder, the one place where SQL can

@@ -24,12 +24,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from schemas.codes import LEARN
-from schemas.manifest import DatasetError, Manifest, labels_path, signals_path
-from schemas.parts import SIGNALS
-from schemas.printable import printable
-from stats.compute import parameters, tokens_where
-from stats.connect import SqlError, connect, one_line
+from lacy.schemas.codes import LEARN
+from lacy.schemas.manifest import DatasetError, Manifest, labels_path, signals_path
+from lacy.schemas.parts import SIGNALS
+from lacy.schemas.printable import printable
+from lacy.stats.compute import parameters, tokens_where
+from lacy.stats.connect import SqlError, connect, one_line
 
 CODES: Final = 48  # "0"
 LOSS_UNITS: Final = 1000  # in a nat
@@ -72,7 +72,7 @@ def choose(
 
 
 def matching(dataset: Path, labels: str | None, where: str) -> list[str]:
-    """The ids of the documents with a token that the condition holds for, as in `stats.compute.compute`.
+    """The ids of the documents with a token that the condition holds for, as in `lacy.stats.compute.compute`.
 
     Raises SqlError for a condition that DuckDB does not understand.
     """

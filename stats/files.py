@@ -14,8 +14,8 @@ from typing import Any
 
 from fsspec import AbstractFileSystem
 
-from schemas.files import patiently
-from schemas.views import PREFIX
+from lacy.schemas.files import patiently
+from lacy.schemas.views import PREFIX
 
 _UNCHANGED = datetime(2000, 1, 1, tzinfo=UTC)
 

@@ -21,14 +21,14 @@ from typing import Any, Final
 import jinja2
 import markupsafe
 
-from schemas.codes import ENT_TYPES, LABELS, POS
-from schemas.files import write_atomic
-from schemas.manifest import DatasetError, Manifest, at, label_sets, read_complete
-from schemas.printable import printable
-from stats import excerpts
-from stats.answers import require_place
-from stats.compute import compute
-from stats.figures import BIN_WIDTH, BINS, QUANTILES, Agreement, Losses, Stats
+from lacy.schemas.codes import ENT_TYPES, LABELS, POS
+from lacy.schemas.files import write_atomic
+from lacy.schemas.manifest import DatasetError, Manifest, at, label_sets, read_complete
+from lacy.schemas.printable import printable
+from lacy.stats import excerpts
+from lacy.stats.answers import require_place
+from lacy.stats.compute import compute
+from lacy.stats.figures import BIN_WIDTH, BINS, QUANTILES, Agreement, Losses, Stats
 
 DOCUMENTS: Final = 50
 BY_LOSS: Final = ("lacy", "loss")  # policies whose scores are losses
@@ -50,7 +50,7 @@ def write(
     """Write the page of a dataset to `out`, whole or not at all.
 
     `labels` and `where` are those of `stats.compute.compute`; they also say which documents can be read. `documents`
-    is how many, see `stats.excerpts.choose`, or their ids. Of long documents the page has the first tokens:
+    is how many, see `lacy.stats.excerpts.choose`, or their ids. Of long documents the page has the first tokens:
     at most TOKENS, and fewer where the page would get too large otherwise. `on_stage` hears what is being done.
 
     Raises DatasetError for a dataset that is missing, unfinished or damaged, and for a label set or a document that it

@@ -18,12 +18,12 @@ from rich.console import Console
 from rich.pager import SystemPager
 from rich.text import Text
 
-from schemas.codes import DELEGATE, IGNORE, LABELS, LEARN
-from schemas.manifest import DatasetError, at, label_sets, read_complete
-from schemas.printable import printable
-from stats.answers import UsageError
-from stats.compute import pick_labels
-from stats.connect import connect, one_line
+from lacy.schemas.codes import DELEGATE, IGNORE, LABELS, LEARN
+from lacy.schemas.manifest import DatasetError, at, label_sets, read_complete
+from lacy.schemas.printable import printable
+from lacy.stats.answers import UsageError
+from lacy.stats.compute import pick_labels
+from lacy.stats.connect import connect, one_line
 
 Color = Literal["label", "loss"]
 Dataset = str | os.PathLike[str]

@@ -7,9 +7,9 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from schemas.printable import printable
-from stats import figures
-from stats.figures import QUANTILES, Losses, Stats, Word
+from lacy.schemas.printable import printable
+from lacy.stats import figures
+from lacy.stats.figures import QUANTILES, Losses, Stats, Word
 
 ROWS: Final = 12  # of the tables of groups; those with fewer tokens are added up
 KINDS: Final = 3  # named in one cell

@@ -1,6 +1,6 @@
 """Words and their losses, out of text and token offsets, without a loop over tokens.
 
-A word is what it is in the views (`schemas.views`): a run of characters without whitespace, of at most 64; a token
+A word is what it is in the views (`lacy.schemas.views`): a run of characters without whitespace, of at most 64; a token
 belongs to the word of its first character that is no whitespace. Here a batch of documents is one long array of
 characters, in which words are found, and each token's word is looked up.
 """
@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from schemas.codes import LEARN
+from lacy.schemas.codes import LEARN
 
 LONGEST: Final = 64  # characters
 SUMS: Final = ("occurrences", "chosen", "scored", "nll", "kept_scored", "kept_nll")

@@ -25,7 +25,7 @@ def small_model(tmp_path_factory) -> Path:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from pipeline.tokenizer import train
+    from lacy.pipeline.train_tokenizer import train
     from tests.pipeline import corpora
 
     folder = tmp_path_factory.mktemp("models") / "small"

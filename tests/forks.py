@@ -9,15 +9,16 @@ from pathlib import Path
 
 LLAMA = "transformers.models.llama.modeling_llama"
 CASCADE = (
-    "lm_eval.evaluator", "sklearn.metrics", "cascade.evaluation.compare", "cascade.evaluation.leakage",
-    "cascade.evaluation.nlu", "lacy.cascade_commands", "trainer.train", "transformers.models.gpt2.modeling_gpt2", LLAMA,
+    "lm_eval.evaluator", "sklearn.metrics", "lacy.cascade.evaluation.compare", "lacy.cascade.evaluation.leakage",
+    "lacy.cascade.evaluation.nlu", "lacy.cascade_commands", "lacy.trainer.train",
+    "transformers.models.gpt2.modeling_gpt2", LLAMA,
 )  # fmt: skip
 LABEL = (
-    "pipeline.label",
-    "pipeline.decide",
-    "pipeline.check",
-    "labelers.grammar",
-    "stats.compute",
+    "lacy.pipeline.label",
+    "lacy.pipeline.decide",
+    "lacy.pipeline.check",
+    "lacy.labelers.grammar",
+    "lacy.stats.compute",
     "lacy.commands",
     LLAMA,
 )

@@ -24,9 +24,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.modeling_utils import PreTrainedModel
 
-from schemas.files import TEMPORARY, write_atomic
-from trainer.config import TrainConfig, TrainingError
-from trainer.ranks import Ranks
+from lacy.schemas.files import TEMPORARY, write_atomic
+from lacy.trainer.config import TrainConfig, TrainingError
+from lacy.trainer.ranks import Ranks
 
 VERSION = 1
 MOMENTS = ("exp_avg", "exp_avg_sq")

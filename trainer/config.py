@@ -6,8 +6,8 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from schemas.files import write_atomic
-from trainer import objectives
+from lacy.schemas.files import write_atomic
+from lacy.trainer import objectives
 
 
 class TrainingError(Exception):

@@ -31,9 +31,9 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from schemas.manifest import DatasetError
-from trainer import shards
-from trainer.shards import COLUMNS, Arrays, Documents, Labels
+from lacy.schemas.manifest import DatasetError
+from lacy.trainer import shards
+from lacy.trainer.shards import COLUMNS, Arrays, Documents, Labels
 
 STATE_VERSION: Final = 1
 BUFFER_TOKENS: Final = 4_000_000

@@ -8,7 +8,7 @@ from pydantic import BaseModel
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
-from trainer.ranks import Ranks
+from lacy.trainer.ranks import Ranks
 
 
 class Validation(BaseModel):
@@ -24,7 +24,7 @@ class Validation(BaseModel):
 
 @torch.no_grad()
 def validate(learner: nn.Module, batches: Iterable[dict[str, torch.Tensor]], ranks: Ranks) -> Validation:
-    """`batches` are this rank's, from `trainer.data.held_out`, with "factual". All ranks must call it."""
+    """`batches` are this rank's, from `lacy.trainer.data.held_out`, with "factual". All ranks must call it."""
     columns: list[list[np.ndarray]] = [[], [], [], []]
     training = learner.training
     learner.eval()

@@ -5,8 +5,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from schemas.files import sha256, write_atomic
-from trainer.config import TrainConfig, TrainingError
+from lacy.schemas.files import sha256, write_atomic
+from lacy.trainer.config import TrainConfig, TrainingError
 
 
 class Log:

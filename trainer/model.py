@@ -13,11 +13,11 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, GPT2Config, LlamaConfig, PreTrainedConfig
 from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 
-from trainer import head
-from trainer.config import TrainConfig, TrainingError
-from trainer.head import Measures, Stats
-from trainer.ranks import Ranks
-from trainer.shards import Labels, vocabulary
+from lacy.trainer import head
+from lacy.trainer.config import TrainConfig, TrainingError
+from lacy.trainer.head import Measures, Stats
+from lacy.trainer.ranks import Ranks
+from lacy.trainer.shards import Labels, vocabulary
 
 ROUND_TO = 64  # rows of the vocabulary: matrix products are faster
 
@@ -57,10 +57,10 @@ class Learner(nn.Module):
         gradient: torch.Tensor | None = None,
         measure: bool = False,
     ) -> Stats | Measures:
-        """Ids (B, T+1) to the statistics of their B*T targets, with `gradient` as `trainer.head.project` has it.
+        """Ids (B, T+1) to the statistics of their B*T targets, with `gradient` as `lacy.trainer.head.project` has it.
 
         `positions` (B, T) restart where a document begins; None: attention crosses documents. With `measure`: what
-        `trainer.head.measure` gives.
+        `lacy.trainer.head.measure` gives.
         """
         inputs, targets = ids[:, :-1].long(), ids[:, 1:].reshape(-1).long()
         extra = {} if positions is None else {"position_ids": positions, "documents": _documents(positions)}

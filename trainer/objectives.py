@@ -34,8 +34,8 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from schemas.codes import DELEGATE, IGNORE
-from trainer.head import Stats
+from lacy.schemas.codes import DELEGATE, IGNORE
+from lacy.trainer.head import Stats
 
 Batch = Mapping[str, Tensor]
 

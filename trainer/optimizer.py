@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer.config import TrainConfig
+from lacy.trainer.config import TrainConfig
 
 DEFAULT_WARMUP = 200  # steps
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from trainer.config import TrainConfig, TrainingError
+from lacy.trainer.config import TrainConfig, TrainingError
 
 
 @dataclass(frozen=True)

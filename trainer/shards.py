@@ -12,11 +12,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from schemas.codes import LABELS as LABEL_NAMES
-from schemas.codes import LEARN
-from schemas.files import read_bytes, sha256
-from schemas.manifest import DatasetError, LabelRecord, LabelSet, Manifest, at, label_sets, labels_path, read_complete
-from schemas.parts import LABELS
+from lacy.schemas.codes import LABELS as LABEL_NAMES
+from lacy.schemas.codes import LEARN
+from lacy.schemas.files import read_bytes, sha256
+from lacy.schemas.manifest import (
+    DatasetError,
+    LabelRecord,
+    LabelSet,
+    Manifest,
+    at,
+    label_sets,
+    labels_path,
+    read_complete,
+)
+from lacy.schemas.parts import LABELS
 
 DEFAULT_LABELS: Final = "lacy"
 

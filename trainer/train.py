@@ -26,14 +26,14 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from transformers.modeling_utils import PreTrainedModel
 
-from trainer import checkpoint, data, evaluate, model, objectives, optimizer, shards
-from trainer import config as configuration
-from trainer.checkpoint import Progress
-from trainer.config import TrainConfig, TrainingError
-from trainer.logs import Log
-from trainer.objectives import Objective
-from trainer.ranks import Ranks, join
-from trainer.shards import Labels
+from lacy.trainer import checkpoint, data, evaluate, model, objectives, optimizer, shards
+from lacy.trainer import config as configuration
+from lacy.trainer.checkpoint import Progress
+from lacy.trainer.config import TrainConfig, TrainingError
+from lacy.trainer.logs import Log
+from lacy.trainer.objectives import Objective
+from lacy.trainer.ranks import Ranks, join
+from lacy.trainer.shards import Labels
 
 PEAK_FLOPS = {  # dense bf16 of one GPU, by a word of its name
     "B200": 2250e12,

@@ -14,8 +14,8 @@ from typing import Any, Final, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
-from cascade.errors import CascadeError
-from schemas.files import sha256
+from lacy.cascade.errors import CascadeError
+from lacy.schemas.files import sha256
 
 PORTION: Final = 64  # conversations; an interruption loses the answers of one portion at most
 
@@ -33,7 +33,7 @@ class Reply(Protocol):
 
 
 class Chat(Protocol):
-    """A loaded chat model; those of `labelers.chat` are such."""
+    """A loaded chat model; those of `lacy.labelers.llm.chat` are such."""
 
     def ask(self, conversations: list[Conversation], schema: dict[str, Any] | None, max_tokens: int) -> Sequence[Reply]:
         """One reply per conversation, in order, which follows `schema` as far as the model can be made to."""

@@ -23,12 +23,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cascade.errors import CascadeError
-from cascade.evaluation import bootstrap, results
-from cascade.evaluation.results import Result
-from cascade.model import checkpoint, results_folder
-from trainer import config, logs
-from trainer.config import TrainingError
+from lacy.cascade.errors import CascadeError
+from lacy.cascade.evaluation import bootstrap, results
+from lacy.cascade.evaluation.results import Result
+from lacy.cascade.model import checkpoint, results_folder
+from lacy.trainer import config, logs
+from lacy.trainer.config import TrainingError
 
 WIDTH: Final = 100  # columns of the tables where there is no terminal
 SHOWN: Final = 0.6  # share called up to which curves are drawn; of few kept tokens the accuracy is noise
@@ -265,7 +265,7 @@ def page(comparison: Comparison) -> str:
         import markupsafe
     except ImportError:
         raise CascadeError("the page needs jinja2: pip install 'lacy[eval]'") from None
-    source = resources.files("cascade.evaluation").joinpath("compare.html").read_text(encoding="utf-8")
+    source = resources.files("lacy.cascade.evaluation").joinpath("compare.html").read_text(encoding="utf-8")
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

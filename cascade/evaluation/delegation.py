@@ -12,7 +12,7 @@ accuracy of the whole were the partner always right, and the share of factual_wr
 
 Documents are numbered as they come, and halved by parity. `fit_weight` sees the even ones; all figures are of the odd
 ones, with or without a fit. So they compare between scores, checkpoints and runs, and a weight that was fitted earlier
-has seen none of the documents that are reported. Intervals are over documents (`cascade.evaluation.bootstrap`).
+has seen none of the documents that are reported. Intervals are over documents (`lacy.cascade.evaluation.bootstrap`).
 """
 
 import json
@@ -31,18 +31,18 @@ from rich.text import Text
 from sklearn.metrics import average_precision_score, roc_auc_score
 from transformers.modeling_utils import PreTrainedModel
 
-from cascade.calls import CALL_SCORES, CallScore, Fitted, Scores, read_fitted, write_fitted
-from cascade.errors import CascadeError
-from cascade.evaluation import bootstrap, results
-from cascade.evaluation.results import Result
-from cascade.model import Model, checkpoint, open_model, results_folder
-from schemas.manifest import DatasetError
-from trainer import shards
-from trainer.config import TrainConfig, TrainingError, load
-from trainer.data import held_out
-from trainer.head import Measures
-from trainer.model import Learner
-from trainer.shards import Labels, open_labels
+from lacy.cascade.calls import CALL_SCORES, CallScore, Fitted, Scores, read_fitted, write_fitted
+from lacy.cascade.errors import CascadeError
+from lacy.cascade.evaluation import bootstrap, results
+from lacy.cascade.evaluation.results import Result
+from lacy.cascade.model import Model, checkpoint, open_model, results_folder
+from lacy.schemas.manifest import DatasetError
+from lacy.trainer import shards
+from lacy.trainer.config import TrainConfig, TrainingError, load
+from lacy.trainer.data import held_out
+from lacy.trainer.head import Measures
+from lacy.trainer.model import Learner
+from lacy.trainer.shards import Labels, open_labels
 
 KIND: Final = "delegation"
 TARGETS: Final = ("factual", "wrong", "factual_wrong", "wrong_among_factual")
@@ -322,7 +322,7 @@ def curves(score: np.ndarray, tokens: Tokens, shares: np.ndarray) -> dict[str, l
 
 
 def statistics(tokens: Tokens, weight: float | None) -> dict[str, bootstrap.Statistic]:
-    """auc.SCORE.TARGET and ap.SCORE.TARGET of `figures` for `cascade.evaluation.bootstrap`.
+    """auc.SCORE.TARGET and ap.SCORE.TARGET of `figures` for `lacy.cascade.evaluation.bootstrap`.
 
     Clusters are the documents in order, by their rank among those that have a token.
     """
@@ -447,7 +447,7 @@ def _measures(network: PreTrainedModel, call_id: int, ids: torch.Tensor, positio
 
 
 def _require_plain_head(network: PreTrainedModel, ids: torch.Tensor, folder: Path) -> None:
-    """Logits must be hidden states times the output embedding, which `trainer.head` computes."""
+    """Logits must be hidden states times the output embedding, which `lacy.trainer.head` computes."""
     layer = network.get_output_embeddings()
     hidden = network.base_model(input_ids=ids, use_cache=False).last_hidden_state
     theirs = network(input_ids=ids, use_cache=False).logits.float()

@@ -28,8 +28,8 @@ from typing import Annotated, Any, Final, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from cascade.evaluation.answers import Chat, Conversation
-from cascade.evaluation.knowledge import Knowledge, Passage
+from lacy.cascade.evaluation.answers import Chat, Conversation
+from lacy.cascade.evaluation.knowledge import Knowledge, Passage
 
 MAX_FACTS: Final = 24  # of a sentence
 MAX_FACT: Final = 400  # characters
@@ -361,7 +361,7 @@ def parse_verdict(answer: str) -> bool | None:
 @cache
 def prompt(name: Literal["split", "verify"]) -> Prompt:
     """A prompt, as it is shipped."""
-    data = resources.files("cascade.evaluation").joinpath(f"{name}_prompt.md").read_bytes()
+    data = resources.files("lacy.cascade.evaluation").joinpath(f"{name}_prompt.md").read_bytes()
     text = data.decode()
     return Prompt(int(text.partition("\n")[0].removeprefix("version:")), sha256(data).hexdigest(), text)
 

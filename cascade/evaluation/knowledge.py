@@ -33,9 +33,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from cascade.errors import CascadeError
-from schemas.files import TEMPORARY, sha256, sha256_of, write_atomic
-from schemas.manifest import read_complete, signals_path
+from lacy.cascade.errors import CascadeError
+from lacy.schemas.files import TEMPORARY, sha256, sha256_of, write_atomic
+from lacy.schemas.manifest import read_complete, signals_path
 
 FORMAT: Final = 1
 SUFFIXES: Final = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")

@@ -18,18 +18,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field
 
-from cascade import generate as generation
-from cascade.errors import CascadeError
-from cascade.evaluation import delegation, results
-from cascade.evaluation.results import Result
-from cascade.generate import Generation
-from cascade.model import Model, results_folder
-from cascade.partners import Partner
-from schemas.codes import ENT_TYPES
-from schemas.files import sha256
-from schemas.manifest import DatasetError, read_manifest, signals_path
-from trainer import shards
-from trainer.shards import Labels
+from lacy.cascade import generate as generation
+from lacy.cascade.errors import CascadeError
+from lacy.cascade.evaluation import delegation, results
+from lacy.cascade.evaluation.results import Result
+from lacy.cascade.generate import Generation
+from lacy.cascade.model import Model, results_folder
+from lacy.cascade.partners import Partner
+from lacy.schemas.codes import ENT_TYPES
+from lacy.schemas.files import sha256
+from lacy.schemas.manifest import DatasetError, read_manifest, signals_path
+from lacy.trainer import shards
+from lacy.trainer.shards import Labels
 
 LEAST_BEFORE: Final = 16  # tokens of text before a fact
 LONGEST: Final = 12  # tokens of a fact

@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from cascade.errors import CascadeError
-from schemas.files import write_atomic
+from lacy.cascade.errors import CascadeError
+from lacy.schemas.files import write_atomic
 
 
 class Result(BaseModel):

@@ -8,9 +8,9 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from schemas import manifest
-from schemas.codes import ENT_TYPES
-from schemas.files import sha256, write_atomic
+from lacy.schemas import manifest
+from lacy.schemas.codes import ENT_TYPES
+from lacy.schemas.files import sha256, write_atomic
 from tests.cascade.models import CALL, END
 from tests.stats.conftest import Document, document, write
 

@@ -9,8 +9,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from cascade.model import Model, open_model
-from cascade.vocabulary import Vocabulary, vocabulary
+from lacy.cascade.model import Model, open_model
+from lacy.cascade.vocabulary import Vocabulary, vocabulary
 from tests.pipeline import corpora
 
 END, CALL = "<|endoftext|>", "<CALL>"

@@ -31,7 +31,7 @@ def write_model(
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from pipeline.tokenizer import train
+    from lacy.pipeline.train_tokenizer import train
     from tests.pipeline import corpora
 
     rows = [{"id": str(number), "text": text} for number, text in enumerate(texts)]

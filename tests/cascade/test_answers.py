@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from cascade.errors import CascadeError
-from cascade.evaluation.answers import Answer, Conversation, Remembering
+from lacy.cascade.errors import CascadeError
+from lacy.cascade.evaluation.answers import Answer, Conversation, Remembering
 
 SCHEMA = {"type": "object"}
 

@@ -5,8 +5,17 @@ import pytest
 from scipy import stats
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from cascade.evaluation import bootstrap
-from cascade.evaluation.bootstrap import Interval, auc, average_precision, bounds, difference, interval, mean, resampled
+from lacy.cascade.evaluation import bootstrap
+from lacy.cascade.evaluation.bootstrap import (
+    Interval,
+    auc,
+    average_precision,
+    bounds,
+    difference,
+    interval,
+    mean,
+    resampled,
+)
 
 CLUSTERS = 12
 SKLEARN = {auc: roc_auc_score, average_precision: average_precision_score}

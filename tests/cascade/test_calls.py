@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cascade.calls import LEND, PAY, WINDOW, Fitted, Fixed, Quantile, forbid, read_fitted, scores, write_fitted
-from cascade.errors import CascadeError
+from lacy.cascade.calls import LEND, PAY, WINDOW, Fitted, Fixed, Quantile, forbid, read_fitted, scores, write_fitted
+from lacy.cascade.errors import CascadeError
 
 
 def test_scores_are_those_of_the_definition():

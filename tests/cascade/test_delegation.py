@@ -14,10 +14,10 @@ from rich.console import Console
 from sklearn.metrics import average_precision_score, roc_auc_score
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from cascade.calls import Fitted, Scores, read_fitted
-from cascade.errors import CascadeError
-from cascade.evaluation import results
-from cascade.evaluation.delegation import (
+from lacy.cascade.calls import Fitted, Scores, read_fitted
+from lacy.cascade.errors import CascadeError
+from lacy.cascade.evaluation import results
+from lacy.cascade.evaluation.delegation import (
     SHARES,
     TARGETS,
     Options,
@@ -32,12 +32,12 @@ from cascade.evaluation.delegation import (
     statistics,
     table,
 )
-from cascade.model import open_model, results_folder
+from lacy.cascade.model import open_model, results_folder
+from lacy.trainer.config import TrainConfig, save
+from lacy.trainer.data import NothingHeldOutError
+from lacy.trainer.model import tokenizer_files
+from lacy.trainer.shards import open_labels
 from tests.trainer.datasets import CALL, make
-from trainer.config import TrainConfig, save
-from trainer.data import NothingHeldOutError
-from trainer.model import tokenizer_files
-from trainer.shards import open_labels
 
 EOS, CALL_ID = 0, 1
 ROWS = 64  # of the embedding, some behind the vocabulary

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-import cascade.evaluation
-from cascade.evaluation.answers import Answer, Conversation, Remembering
-from cascade.evaluation.factscore import (
+import lacy.cascade.evaluation
+from lacy.cascade.evaluation.answers import Answer, Conversation, Remembering
+from lacy.cascade.evaluation.factscore import (
     MAX_FACT,
     MAX_FACTS,
     SPLIT_SCHEMA,
@@ -35,7 +35,7 @@ from cascade.evaluation.factscore import (
     summary,
     verify,
 )
-from cascade.evaluation.knowledge import Knowledge, open_knowledge
+from lacy.cascade.evaluation.knowledge import Knowledge, open_knowledge
 
 PAGES = [
     {"id": "1", "title": "Odra Venn", "text": "Odra Venn was a Lumerian botanist, born in Port Hale in 1871. " * 3},
@@ -436,7 +436,7 @@ def test_the_schema_is_what_is_parsed() -> None:
 
 @pytest.mark.parametrize("name", ["split", "verify"])
 def test_the_prompts_are_the_files(name: Literal["split", "verify"]) -> None:
-    data = (Path(cascade.evaluation.__file__).parent / f"{name}_prompt.md").read_bytes()
+    data = (Path(lacy.cascade.evaluation.__file__).parent / f"{name}_prompt.md").read_bytes()
     assert prompt(name).sha256 == hashlib.sha256(data).hexdigest()
     assert prompt(name).text == data.decode()
     assert prompt(name).version >= 1

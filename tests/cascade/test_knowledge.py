@@ -15,11 +15,11 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cascade.errors import CascadeError
-from cascade.evaluation.knowledge import Knowledge, cut, open_knowledge
-from schemas.files import sha256, write_atomic
-from schemas.manifest import DatasetError, Manifest, PartRecord, save, signals_path
-from schemas.parts import SIGNALS, select, to_parquet
+from lacy.cascade.errors import CascadeError
+from lacy.cascade.evaluation.knowledge import Knowledge, cut, open_knowledge
+from lacy.schemas.files import sha256, write_atomic
+from lacy.schemas.manifest import DatasetError, Manifest, PartRecord, save, signals_path
+from lacy.schemas.parts import SIGNALS, select, to_parquet
 
 VENN = (
     "Odra Venn\n\n"

@@ -7,20 +7,20 @@ from typing import Any
 
 import pytest
 
-from cascade import generate as generation
-from cascade.errors import CascadeError
-from cascade.evaluation import results
-from cascade.evaluation.leakage import LEAST_BEFORE, LONGEST, Options, Pair, contains, evaluate, find_pairs
-from cascade.generate import Options as Generating
-from cascade.model import Model, open_model
-from cascade.partners import Answer, Request
-from schemas import manifest
-from schemas.manifest import DatasetError
+from lacy.cascade import generate as generation
+from lacy.cascade.errors import CascadeError
+from lacy.cascade.evaluation import results
+from lacy.cascade.evaluation.leakage import LEAST_BEFORE, LONGEST, Options, Pair, contains, evaluate, find_pairs
+from lacy.cascade.generate import Options as Generating
+from lacy.cascade.model import Model, open_model
+from lacy.cascade.partners import Answer, Request
+from lacy.schemas import manifest
+from lacy.schemas.manifest import DatasetError
+from lacy.trainer.shards import Labels, open_labels
 from tests.cascade import models
 from tests.cascade.datasets import BEGIN, labelled, marked, tale, words
 from tests.cascade.serving import write_model
 from tests.stats.conftest import Document
-from trainer.shards import Labels, open_labels
 
 TOKENIZER = models.byte_level(600)
 # What is marked as a fact, and its type; "-" for none.

@@ -20,10 +20,10 @@ import psutil
 import pytest
 import torch
 
-from cascade.errors import CascadeError
-from cascade.generate import Generation, Options, Piece, generate
-from cascade.model import Model, open_model
-from cascade.partners import Amount, Answer, InProcess, Patient, Request, Sampling, Server, pick
+from lacy.cascade.errors import CascadeError
+from lacy.cascade.generate import Generation, Options, Piece, generate
+from lacy.cascade.model import Model, open_model
+from lacy.cascade.partners import Amount, Answer, InProcess, Patient, Request, Sampling, Server, pick
 from tests.cascade.serving import ROOT, answered, completion, server_process, write_model
 from tests.labelers.faulty_proxy import Fault, FaultyProxy
 from tests.labelers.serving import vllm_server
@@ -656,10 +656,10 @@ def test_a_batch_ends_when_its_real_server_is_killed(vllm: str, small: Model) ->
 
 ENGINE = """
 import json, sys
-from cascade.model import open_model
-from cascade.partners import Amount, Request, Sampling, Vllm
-from cascade.vocabulary import open_vocabulary
-from labelers.vllm_scorer import close_engine, open_engine
+from lacy.cascade.model import open_model
+from lacy.cascade.partners import Amount, Request, Sampling, Vllm
+from lacy.cascade.vocabulary import open_vocabulary
+from lacy.labelers.llm.vllm_scorer import close_engine, open_engine
 
 folder, other, texts = json.load(sys.stdin)
 settings = {"max_model_len": 128, "max_num_seqs": 16, "enable_prefix_caching": True, "kv_cache_memory_bytes": 1 << 28}

@@ -8,9 +8,9 @@ from html.parser import HTMLParser
 import pytest
 from rich.console import Console
 
-from cascade import show
-from cascade.generate import Generation, Piece, Token
-from schemas.printable import printable
+from lacy.cascade import show
+from lacy.cascade.generate import Generation, Piece, Token
+from lacy.schemas.printable import printable
 
 STYLED = re.compile(r"\x1b\[[0-9;]*m")
 HOSTILE = (

@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+from packaging.requirements import Requirement
+
 ROOT = Path(__file__).parent.parent.parent
 DOCKER = ROOT / "docker"
 DOCKERFILES = sorted(DOCKER.glob("*.Dockerfile"))
@@ -40,5 +42,8 @@ def stages(dockerfile: Path) -> dict[str, list[tuple[str, str]]]:
 
 
 def pins(name: str) -> dict[str, str]:
+    """Names and versions of what a lock installs into this Python on this machine."""
     lines = (ROOT / "requirements" / name).read_text().splitlines()
-    return dict(line.split("==") for line in lines if not line.startswith("#"))
+    pinned = [Requirement(line) for line in lines if not line.startswith("#")]
+    wanted = [pin for pin in pinned if pin.marker is None or pin.marker.evaluate()]
+    return {pin.name: str(pin.specifier).removeprefix("==") for pin in wanted}

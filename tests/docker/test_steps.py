@@ -52,7 +52,7 @@ class Image:
                 self.copy(text.split())
             elif keyword == "RUN" and not re.match(ELSEWHERE, text):
                 if "target=/source" in text:
-                    shutil.copytree(self.context, self.root / "source", dirs_exist_ok=True)
+                    shutil.copytree(self.context, self.root / "source", symlinks=True, dirs_exist_ok=True)
                 text = re.sub(r"--mount=\S+ ", "", text).replace(" /source", f" {self.root}/source")
                 done = self.run("bash", "-c", text, cwd=self.workdir)
                 assert done.returncode == 0, f"RUN {text}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
@@ -104,9 +104,9 @@ def context(tmp_path_factory) -> Path:
         for pattern in patterns:
             if any(fnmatch(part, pattern.lstrip("!")) for part in [name, *map(str, Path(name).parents)]):
                 ignored = pattern[0] != "!"
-        if not ignored and (ROOT / name).is_file():
+        if not ignored and ((ROOT / name).is_file() or (ROOT / name).is_symlink()):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, folder / name)
+            shutil.copy(ROOT / name, folder / name, follow_symlinks=False)
     return folder
 
 
@@ -115,7 +115,7 @@ def worker(tmp_path_factory, context) -> Image:
     image = Image(tmp_path_factory.mktemp("worker"), context)
     every = stages(DOCKER / "label.Dockerfile")
     image.build(every["baked"])
-    for package in ("labelers", "schemas"):  # which stay behind in that stage
+    for package in ("lacy", "labelers", "schemas"):  # which stay behind in that stage
         shutil.rmtree(image.workdir / package)
     image.build([("ENV", text) for keyword, text in every["base"] if keyword == "ENV"])
     image.build(every["cpu"][len(every["packages-cpu"]) :])

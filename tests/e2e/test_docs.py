@@ -204,7 +204,7 @@ def test_plans_are_what_the_command_prints(workplace):
 
 
 def test_the_example_of_a_generation_has_its_fields():
-    from cascade.generate import Generation, Token
+    from lacy.cascade.generate import Generation, Token
 
     [example] = [json.loads(block) for block in blocks(ROOT / "docs" / "cascade.md", "json")]
     generation = Generation.model_validate(example)

@@ -37,7 +37,7 @@ def engines_of(launcher: int) -> list[psutil.Process]:
             words = process.cmdline()
         except psutil.Error:
             continue
-        if "labelers.engine_process" in words and words[-1] == str(launcher):
+        if "lacy.labelers.llm.engine_process" in words and words[-1] == str(launcher):
             found.append(process)
     return found
 
@@ -92,7 +92,7 @@ def test_a_judge_gives_each_window_a_verdict_or_counts_it(small_model, chat_mode
     done = run_lacy(*arguments(corpus, tmp_path / "d", small_model, *judge))
     assert done.returncode == 0, done.stderr
     manifest = json.loads((tmp_path / "d" / "manifest.json").read_text())
-    from labelers.judge import passages, prompt
+    from lacy.labelers.judge import passages, prompt
 
     judged = manifest["judged"]
     windows = sum(len(passages(row["text"])) for row in texts)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from lacy.trainer import logs
 from tests.conftest import run_lacy
 from tests.pipeline import corpora
-from trainer import logs
 
 ROOT = Path(__file__).parent.parent.parent
 RECIPE = ROOT / "experiments" / "paper.py"

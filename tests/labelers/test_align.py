@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from labelers.align import spread_flag, spread_loss, token_words
-from labelers.tokenize import Tokens
+from lacy.labelers.align import spread_flag, spread_loss, token_words
+from lacy.labelers.tokenize import Tokens
 
 
 def cut(*documents: list[int]) -> Tokens:

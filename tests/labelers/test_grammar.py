@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import spacy
 
-from labelers import grammar
-from labelers.grammar import PipelineError, Words, load_pipeline, tag
-from schemas.codes import ENT_TYPES, POS
+from lacy.labelers import grammar
+from lacy.labelers.grammar import PipelineError, Words, load_pipeline, tag
+from lacy.schemas.codes import ENT_TYPES, POS
 
 ADA = "Ada Lovelace was born in London in 1815. Her tutor was Mary Somerville, a Scottish astronomer."
 BRIDGE = (

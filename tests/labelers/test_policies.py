@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from labelers.policies import (
+from lacy.labelers.policies import (
     BINS,
     EVERYTHING,
     NOTHING,
@@ -28,7 +28,7 @@ from labelers.policies import (
     start,
     tie_hash,
 )
-from schemas.codes import DELEGATE, IGNORE, LEARN
+from lacy.schemas.codes import DELEGATE, IGNORE, LEARN
 
 NAN, INF = float("nan"), float("inf")
 Part = dict[str, Any]

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from labelers.quotes import MAX_MISQUOTE, locate, word_border
+from lacy.labelers.quotes import MAX_MISQUOTE, locate, word_border
 
 # Passage, quotes, and for each quote the text of its place, or the text and which of its occurrences, or None.
 Expected = str | tuple[str, int] | None

@@ -15,10 +15,10 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from labelers import reference
-from labelers.models import ModelError
-from labelers.reference import Span
-from labelers.transformers_scorer import TransformersScorer, token_batches
+from lacy.labelers.llm import scorer as reference
+from lacy.labelers.llm.models import ModelError
+from lacy.labelers.llm.scorer import Span
+from lacy.labelers.llm.transformers_scorer import TransformersScorer, token_batches
 
 VOCABULARY = 97
 CONTEXT = 48

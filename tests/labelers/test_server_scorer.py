@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from labelers import chat, models, reference
-from labelers.judge import passages
-from labelers.models import ModelError
-from labelers.reference import Scores
-from labelers.server_scorer import ServerScorer
+from lacy.labelers.judge import passages
+from lacy.labelers.llm import chat, models
+from lacy.labelers.llm import scorer as reference
+from lacy.labelers.llm.models import ModelError
+from lacy.labelers.llm.scorer import Scores
+from lacy.labelers.llm.server_scorer import ServerScorer
 from tests.conftest import LACY, run_lacy
 from tests.e2e.test_label import digests, rows
 from tests.forks import Forks

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from labelers.chat import Reply
-from labelers.models import ModelError
-from labelers.server_chat import ServerChat
-from labelers.server_scorer import REQUEST_PROMPTS, REQUEST_TOKENS, ServerScorer
-from labelers.servers import BadAnswerError, Refused, ServerPool, base_url
+from lacy.labelers.llm.chat import Reply
+from lacy.labelers.llm.models import ModelError
+from lacy.labelers.llm.server_chat import ServerChat
+from lacy.labelers.llm.server_scorer import REQUEST_PROMPTS, REQUEST_TOKENS, ServerScorer
+from lacy.labelers.llm.servers import BadAnswerError, Refused, ServerPool, base_url
 from tests.labelers.faulty_proxy import Fault, FaultyProxy, wait_until
 
 VOCABULARY, WINDOW, OVERLAP = 500, 32, 8
@@ -155,7 +155,7 @@ def test_the_most_likely_tokens_are_told_in_both_ways(serve: Any, load: Any) -> 
 
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
 def test_a_fault_changes_no_score(serve: Any, load: Any, monkeypatch: pytest.MonkeyPatch, fault: Fault) -> None:
-    monkeypatch.setattr("labelers.server_scorer.REQUEST_TOKENS", 100)
+    monkeypatch.setattr("lacy.labelers.llm.server_scorer.REQUEST_TOKENS", 100)
     script = [None, None, fault, None, fault, fault]
     scorer = load(proxy := serve(Fake(), script), timeout=0.3, concurrency=2)
     check(scorer, documents(*LENGTHS))
@@ -183,7 +183,7 @@ def test_only_the_document_that_always_fails_has_an_error(serve: Any, load: Any)
 
 
 def test_neighbours_of_what_kills_the_server_are_spared(serve: Any, load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("labelers.server_scorer.REQUEST_TOKENS", 40)
+    monkeypatch.setattr("lacy.labelers.llm.server_scorer.REQUEST_TOKENS", 40)
     texts = documents(*[WINDOW] * 12)
     texts[5][9] = POISON
 

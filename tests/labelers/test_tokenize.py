@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from labelers import tokenize
+from lacy.labelers import tokenize
 
 TEXTS = [
     "Ada Lovelace was born in London in 1815.",

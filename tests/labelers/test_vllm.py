@@ -14,10 +14,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from labelers import models, reference
-from labelers.models import ModelError
-from labelers.reference import Scores
-from labelers.vllm_scorer import VllmScorer, _Answer, _Prompt, _read
+from lacy.labelers.llm import models
+from lacy.labelers.llm import scorer as reference
+from lacy.labelers.llm.models import ModelError
+from lacy.labelers.llm.scorer import Scores
+from lacy.labelers.llm.vllm_scorer import VllmScorer, _Answer, _Prompt, _read
 
 VOCABULARY, CONTEXT, OVERLAP = 160, 64, 6
 WINDOW = CONTEXT - 1  # the longest that vLLM can score
@@ -204,7 +205,7 @@ def test_requests_by_ids_name_the_scored_tokens(engine: VllmScorer, monkeypatch:
 MEMORY = """
 import resource, sys
 import numpy as np
-from labelers import reference
+from lacy.labelers.llm import scorer as reference
 
 scorer = reference.load("vllm", sys.argv[1], dtype="float32", kv_cache_memory_bytes=1 << 28)
 generator = np.random.default_rng(0)

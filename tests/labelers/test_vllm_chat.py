@@ -13,17 +13,17 @@ from typing import Any
 
 import pytest
 
-from labelers import chat, models
-from labelers.judge import parse, passages
-from labelers.models import ModelError
-from labelers.vllm_chat import VllmChat, without_system
+from lacy.labelers.judge import parse, passages
+from lacy.labelers.llm import chat, models
+from lacy.labelers.llm.models import ModelError
+from lacy.labelers.llm.vllm_chat import VllmChat, without_system
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 
 SCRIPT = """
 import dataclasses, json, sys, time
-from labelers.chat import load
-from labelers.judge import judge
+from lacy.labelers.llm.chat import load
+from lacy.labelers.judge import judge
 
 model, texts, others, max_tokens = json.load(sys.stdin)
 began = time.monotonic()

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from labelers.windows import slices, windows
+from lacy.labelers.llm.windows import slices, windows
 
 
 def test_the_docstring_example() -> None:

@@ -8,8 +8,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from schemas.files import sha256
-from schemas.manifest import (
+from lacy.schemas.files import sha256
+from lacy.schemas.manifest import (
     CorpusFile,
     LabelSet,
     Manifest,
@@ -20,7 +20,7 @@ from schemas.manifest import (
     save,
     signals_path,
 )
-from schemas.parts import to_parquet
+from lacy.schemas.parts import to_parquet
 
 PART_BYTES = 1024
 BAD_EVERY = 50  # parts, of which the last has a dead letter

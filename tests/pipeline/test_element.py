@@ -4,11 +4,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from labelers import tokenize
-from pipeline.element import Part, PartCoder
-from pipeline.readers import Bad, read
-from pipeline.sources import Range
-from schemas.parts import SIGNALS
+from lacy.labelers import tokenize
+from lacy.pipeline.corpus.readers import Bad, read
+from lacy.pipeline.corpus.sources import Range
+from lacy.pipeline.element import Part, PartCoder
+from lacy.schemas.parts import SIGNALS
 from tests.pipeline import corpora
 
 CODER = PartCoder()

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import pytest
 
-from pipeline.check import check
-from pipeline.decide import decided
-from pipeline.status import status
-from schemas.manifest import label_sets, read_complete
+from lacy.pipeline.check import check
+from lacy.pipeline.decide import decided
+from lacy.pipeline.status import status
+from lacy.schemas.manifest import label_sets, read_complete
 from tests.conftest import LACY
 from tests.pipeline import many_parts
 

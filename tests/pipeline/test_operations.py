@@ -10,13 +10,13 @@ import pytest
 from apache_beam.metrics import MetricsFilter
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 
-from pipeline.annotate import AnnotatePlan, build
-from pipeline.heartbeat import NAMESPACE, REASONS, Heartbeat, reason_of
-from pipeline.label import TOKENIZER, begin, models_of
-from pipeline.options import LabelOptions
-from pipeline.readers import Bad
-from pipeline.sources import find_files, plan
-from schemas.manifest import PartRecord
+from lacy.pipeline.corpus.readers import Bad
+from lacy.pipeline.corpus.sources import find_files, plan
+from lacy.pipeline.graph import AnnotatePlan, build
+from lacy.pipeline.label import TOKENIZER, begin, models_of
+from lacy.pipeline.options import LabelOptions
+from lacy.pipeline.runners.heartbeat import NAMESPACE, REASONS, Heartbeat, reason_of
+from lacy.schemas.manifest import PartRecord
 from tests.pipeline import corpora
 
 MARKER = "Zebrafinkenweibchen"
@@ -122,7 +122,7 @@ def test_distributions_have_a_value_for_each_part_and_stage(run):
 
 def test_the_log_has_a_line_of_json_for_each_part(run):
     _, _, records, parts, _ = run
-    ours = [json.loads(record.getMessage()) for record in records if record.name == "pipeline.heartbeat"]
+    ours = [json.loads(record.getMessage()) for record in records if record.name == "lacy.pipeline.runners.heartbeat"]
     finished = {line["part"]: line for line in ours if line["event"] == "part finished"}
     assert {name: line["tokens"] for name, line in finished.items()} == {part.name: part.tokens for part in parts}
     assert all(set(line["seconds"]) == {"read", "grammar", "reference", "write"} for line in finished.values())

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from pipeline.estimate import Estimate, Figure
-from pipeline.plan import DEFAULTS, Rate, amount, measured, plan, with_dataset, with_file
-from pipeline.presets import UsageError
+from lacy.pipeline.estimate import Estimate, Figure
+from lacy.pipeline.plan import DEFAULTS, Rate, amount, measured, plan, with_dataset, with_file
+from lacy.pipeline.runners.presets import UsageError
 
 ROUND = {
     "bytes_per_token": 4,

@@ -12,9 +12,9 @@ from apache_beam.options.pipeline_options import (
 )
 from pydantic import ValidationError
 
-from pipeline.label import _best_backend, _engines
-from pipeline.options import LabelOptions
-from pipeline.presets import GPUS, Cluster, UsageError, beam_options, require_reach, require_store
+from lacy.pipeline.label import _best_backend, _engines
+from lacy.pipeline.options import LabelOptions
+from lacy.pipeline.runners.presets import GPUS, Cluster, UsageError, beam_options, require_reach, require_store
 
 DATAFLOW = {"on": "dataflow", "project": "my-project", "region": "us-central1", "image": "host/lacy/label:gpu"}
 

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import readers, spool
-from pipeline.readers import read
-from pipeline.sources import CorpusError, Range, Stream, default_part_bytes, find_files, kind_of, plan
+from lacy.pipeline.corpus import readers, spool
+from lacy.pipeline.corpus.readers import read
+from lacy.pipeline.corpus.sources import CorpusError, Range, Stream, default_part_bytes, find_files, kind_of, plan
 from tests.pipeline import corpora
 
 

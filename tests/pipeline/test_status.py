@@ -7,11 +7,11 @@ from dataclasses import asdict
 
 import pytest
 
-from pipeline import spool
-from pipeline.sources import Range, plan
-from pipeline.status import status, update
-from schemas.files import DatasetError, remove
-from schemas.manifest import CorpusFile, Manifest, PartRecord, at, load, read_manifest, record_path, save
+from lacy.pipeline.corpus import spool
+from lacy.pipeline.corpus.sources import Range, plan
+from lacy.pipeline.status import status, update
+from lacy.schemas.files import DatasetError, remove
+from lacy.schemas.manifest import CorpusFile, Manifest, PartRecord, at, load, read_manifest, record_path, save
 
 NOW = 2_000_000_000.0
 
@@ -64,7 +64,7 @@ def test_records_are_read_once(dataset, monkeypatch):
     assert update(dataset, known) == [] and len(known) == 1
     record(dataset, names(dataset)[1])
     asked = []
-    monkeypatch.setattr("pipeline.status.read_many", lambda paths: asked.extend(paths) or [])
+    monkeypatch.setattr("lacy.pipeline.status.read_many", lambda paths: asked.extend(paths) or [])
     with pytest.raises(ValueError):
         update(dataset, known)  # what was asked for did not come
     assert [path.name for path in asked] == [f"{names(dataset)[1]}.json"]

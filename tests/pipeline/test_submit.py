@@ -6,11 +6,11 @@ import time
 import apache_beam as beam
 import pytest
 
-from pipeline import submit
-from pipeline.heartbeat import Counts
-from pipeline.local import RunError
-from schemas.files import write_atomic
-from schemas.manifest import PartRecord, record_path, save
+from lacy.pipeline.runners import submit
+from lacy.pipeline.runners.heartbeat import Counts
+from lacy.pipeline.runners.local import RunError
+from lacy.schemas.files import write_atomic
+from lacy.schemas.manifest import PartRecord, record_path, save
 
 HERE = ["--runner=PortableRunner", "--job_endpoint=embed", "--environment_type=LOOPBACK"]
 seen: list[int] = []

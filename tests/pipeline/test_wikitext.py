@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from pipeline.wikitext import MAX_WIKITEXT, Page, clean, parse_page
+from lacy.pipeline.corpus.wikitext.articles import MAX_WIKITEXT, Page, clean, parse_page
 
 
 def body(wikitext: str) -> str:

@@ -8,9 +8,9 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from schemas import files
-from schemas.files import DatasetError
-from schemas.manifest import at
+from lacy.schemas import files
+from lacy.schemas.files import DatasetError
+from lacy.schemas.manifest import at
 
 
 @pytest.fixture(params=["local", "memory"])

@@ -2,7 +2,7 @@ import unicodedata
 
 import pytest
 
-from schemas.printable import BIDI, printable
+from lacy.schemas.printable import BIDI, printable
 
 LETTERS = "é e\u0301 👩\u200d🔬 \u05d0 \xa0"
 EVERY = "".join(map(chr, [*range(0x300), *range(0x600, 0x620), *range(0x2000, 0x2070), 0xD800, 0xDFFF, 0x1F9A2]))

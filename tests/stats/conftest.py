@@ -10,10 +10,10 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from schemas import manifest, parts
-from schemas.codes import DELEGATE, ENT_TYPES, IGNORE, LEARN, POS
-from schemas.files import sha256, write_atomic
-from schemas.manifest import LabelRecord, LabelSet, Manifest, PartRecord
+from lacy.schemas import manifest, parts
+from lacy.schemas.codes import DELEGATE, ENT_TYPES, IGNORE, LEARN, POS
+from lacy.schemas.files import sha256, write_atomic
+from lacy.schemas.manifest import LabelRecord, LabelSet, Manifest, PartRecord
 
 SENTENCES = (
     "The lighthouse of Örskär was built in 1687, they say; nobody counted the steps.",

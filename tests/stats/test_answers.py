@@ -10,9 +10,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from stats import answers
-from stats.answers import UsageError, destination
-from stats.connect import SqlError, connect
+from lacy.stats import answers
+from lacy.stats.answers import UsageError, destination
+from lacy.stats.connect import SqlError, connect
 from tests.conftest import LACY
 from tests.stats.conftest import document, write
 
@@ -177,8 +177,8 @@ def test_rows_are_not_held_in_memory(small, form):
     script = f"""
 import resource
 from pathlib import Path
-from stats.answers import answer, destination
-from stats.connect import connect
+from lacy.stats.answers import answer, destination
+from lacy.stats.connect import connect
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 with connect({str(small)!r}) as connection, destination(Path("/dev/null"), Path({str(small)!r})) as out:
     answer(connection, {many!r}, {form!r}, out)

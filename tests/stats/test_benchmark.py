@@ -5,8 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from schemas.manifest import label_sets, read_complete
-from stats.compute import compute
+from lacy.schemas.manifest import label_sets, read_complete
+from lacy.stats.compute import compute
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "stats.py"
 

@@ -4,14 +4,16 @@ import json
 
 import pytest
 
-from stats.compute import compute
+from lacy.stats.compute import compute
 from tests.forks import Forks
 from tests.stats.test_report import unpacked
 
 
 @pytest.fixture(scope="module")
 def lacy(tmp_path_factory):
-    forks = Forks(tmp_path_factory.mktemp("forks"), ("stats.report", "stats.show", "stats.tables", "lacy.commands"))
+    forks = Forks(
+        tmp_path_factory.mktemp("forks"), ("lacy.stats.report", "lacy.stats.show", "lacy.stats.tables", "lacy.commands")
+    )
     yield forks
     forks.close()
 

@@ -9,12 +9,12 @@ from itertools import combinations
 import fsspec
 import pytest
 
-from schemas.codes import DELEGATE, ENT_TYPES, IGNORE, LEARN, POS
-from schemas.manifest import DatasetError, label_sets, read_complete
-from stats import compute as module
-from stats.compute import compute
-from stats.connect import SqlError
-from stats.figures import BIN_WIDTH, BINS, BUDGETS, QUANTILES
+from lacy.schemas.codes import DELEGATE, ENT_TYPES, IGNORE, LEARN, POS
+from lacy.schemas.manifest import DatasetError, label_sets, read_complete
+from lacy.stats import compute as module
+from lacy.stats.compute import compute
+from lacy.stats.connect import SqlError
+from lacy.stats.figures import BIN_WIDTH, BINS, BUDGETS, QUANTILES
 from tests.stats.conftest import by_loss, corpus, document, write
 
 SETS = ["lacy", "a 'quoted' set"]

@@ -5,10 +5,10 @@ import duckdb
 import pyarrow as pa
 import pytest
 
-from schemas import views
-from schemas.manifest import DatasetError, read_manifest, save, signals_path
-from stats import connect as module
-from stats.connect import SqlError, connect, query, require_reading
+from lacy.schemas import views
+from lacy.schemas.manifest import DatasetError, read_manifest, save, signals_path
+from lacy.stats import connect as module
+from lacy.stats.connect import SqlError, connect, query, require_reading
 from tests.stats.conftest import document, write
 
 

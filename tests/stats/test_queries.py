@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from schemas.codes import ENT_TYPES
-from stats.connect import connect, require_reading
+from lacy.schemas.codes import ENT_TYPES
+from lacy.stats.connect import connect, require_reading
 from tests.stats.conftest import corpus, write
 
 PAGE = Path(__file__).parents[2] / "docs" / "queries.md"

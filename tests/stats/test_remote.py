@@ -10,9 +10,9 @@ import pytest
 from rich.console import Console
 
 import lacy
-from schemas.manifest import DatasetError, at, signals_path
-from stats import files, report, show
-from stats.connect import connect
+from lacy.schemas.manifest import DatasetError, at, signals_path
+from lacy.stats import files, report, show
+from lacy.stats.connect import connect
 from tests.conftest import LACY
 from tests.stats.conftest import document, write
 

@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from schemas import manifest
-from schemas.codes import DELEGATE, ENT_TYPES, IGNORE, LEARN, POS
-from schemas.manifest import DatasetError
-from schemas.printable import printable
-from stats import excerpts, report
-from stats.answers import UsageError
-from stats.compute import compute
-from stats.connect import SqlError
+from lacy.schemas import manifest
+from lacy.schemas.codes import DELEGATE, ENT_TYPES, IGNORE, LEARN, POS
+from lacy.schemas.manifest import DatasetError
+from lacy.schemas.printable import printable
+from lacy.stats import excerpts, report
+from lacy.stats.answers import UsageError
+from lacy.stats.compute import compute
+from lacy.stats.connect import SqlError
 from tests.stats import conftest
 
 pytest_plugins = ["tests.stats.browser"]

@@ -10,10 +10,10 @@ import pytest
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 
-from schemas.codes import DELEGATE, IGNORE, LEARN
-from schemas.manifest import DatasetError
-from stats.answers import UsageError
-from stats.show import LOSSES, loss_steps, render, show
+from lacy.schemas.codes import DELEGATE, IGNORE, LEARN
+from lacy.schemas.manifest import DatasetError
+from lacy.stats.answers import UsageError
+from lacy.stats.show import LOSSES, loss_steps, render, show
 from tests.stats.conftest import document, write
 
 STYLED = re.compile(r"\x1b\[[0-9;]*m")

@@ -8,9 +8,9 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from stats import tables
-from stats.compute import compute
-from stats.tables import show
+from lacy.stats import tables
+from lacy.stats.compute import compute
+from lacy.stats.tables import show
 from tests.stats.conftest import document, write
 
 

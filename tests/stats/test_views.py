@@ -5,10 +5,10 @@ import time
 import duckdb
 import pytest
 
-from schemas import views
-from schemas.codes import ENT_TYPES, LABELS, POS
-from schemas.manifest import DatasetError, signals_path
-from stats.connect import connect
+from lacy.schemas import views
+from lacy.schemas.codes import ENT_TYPES, LABELS, POS
+from lacy.schemas.manifest import DatasetError, signals_path
+from lacy.stats.connect import connect
 from tests.stats.conftest import document, write
 
 TOKENS = (

@@ -19,7 +19,7 @@ from tests.stores.conftest import SERVERS
 from tests.stores.proxy import KINDS
 
 PART_BYTES = 4096
-TRAIN = ("trainer.train", "torch._dynamo", "transformers.models.gpt2.modeling_gpt2")
+TRAIN = ("lacy.trainer.train", "torch._dynamo", "transformers.models.gpt2.modeling_gpt2")
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import readers, spool
-from pipeline.readers import CopyGoneError, read
-from pipeline.sources import CorpusError, Range, find_files, plan
-from schemas import files
-from schemas.manifest import DatasetError, at
+from lacy.pipeline.corpus import readers, spool
+from lacy.pipeline.corpus.readers import CopyGoneError, read
+from lacy.pipeline.corpus.sources import CorpusError, Range, find_files, plan
+from lacy.schemas import files
+from lacy.schemas.manifest import DatasetError, at
 from tests.pipeline import corpora
 from tests.stores.proxy import KINDS
 

@@ -4,9 +4,9 @@ import threading
 
 import pytest
 
-from schemas import files
-from schemas.files import DatasetError
-from schemas.manifest import at
+from lacy.schemas import files
+from lacy.schemas.files import DatasetError
+from lacy.schemas.manifest import at
 
 
 @pytest.fixture(autouse=True)

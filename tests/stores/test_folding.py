@@ -4,12 +4,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.label import finish
-from pipeline.readers import Bad
-from pipeline.write import is_finished, write_part
-from schemas import files, manifest
-from schemas.manifest import Manifest, at, read_manifest
-from schemas.parts import SIGNALS
+from lacy.pipeline.corpus.readers import Bad
+from lacy.pipeline.label import finish
+from lacy.pipeline.write import is_finished, write_part
+from lacy.schemas import files, manifest
+from lacy.schemas.manifest import Manifest, at, read_manifest
+from lacy.schemas.parts import SIGNALS
 from tests.stores.conftest import SERVERS
 
 PARTS = {"part-00000-0": ["a", "b", "c"], "part-00000-9": ["d", "b"], "part-00001-0": ["a"], "part-00002-0": []}

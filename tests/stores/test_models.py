@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from labelers import models, tokenize
-from labelers.models import ModelError
-from schemas import files
+from lacy.labelers import tokenize
+from lacy.labelers.llm import models
+from lacy.labelers.llm.models import ModelError
+from lacy.schemas import files
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +50,7 @@ def test_a_model_is_the_same_from_a_store(store, model, small_model, home):
 
 
 def test_processes_of_a_machine_fetch_once(store, model):
-    code = "import sys; from labelers.models import resolve; print(resolve(sys.argv[1]))"
+    code = "import sys; from lacy.labelers.llm.models import resolve; print(resolve(sys.argv[1]))"
     running = [
         subprocess.Popen([sys.executable, "-c", code, model], stdout=subprocess.PIPE, text=True) for _ in range(3)
     ]

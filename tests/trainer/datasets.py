@@ -7,9 +7,9 @@ import numpy as np
 import pyarrow as pa
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from schemas import manifest
-from schemas.files import sha256, write_atomic
-from schemas.parts import LABELS, select, to_parquet
+from lacy.schemas import manifest
+from lacy.schemas.files import sha256, write_atomic
+from lacy.schemas.parts import LABELS, select, to_parquet
 
 END, CALL = "<|endoftext|>", "<CALL>"
 

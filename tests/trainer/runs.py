@@ -10,10 +10,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from trainer.config import TrainConfig
+from lacy.trainer.config import TrainConfig
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["trainer.train", "torchdata.stateful_dataloader", "torch.utils.tensorboard"])
+_context.set_forkserver_preload(["lacy.trainer.train", "torchdata.stateful_dataloader", "torch.utils.tensorboard"])
 
 TIMES = ("tokens_per_second", "memory", "mfu")  # what differs between two equal runs
 
@@ -104,7 +104,7 @@ def _run(
     if largest_file is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
-    from trainer.train import train
+    from lacy.trainer.train import train
 
     try:
         train(config)
@@ -118,8 +118,8 @@ def _steps(config: TrainConfig, rank: int, ranks: int, port: int) -> None:
     _as_torchrun_does(rank, ranks, port)
     import torch
 
-    from trainer import checkpoint, data, objectives
-    from trainer import train as training
+    from lacy.trainer import checkpoint, data, objectives
+    from lacy.trainer import train as training
 
     run = training._prepare(config, training.join(config))
     whole = data.loader(

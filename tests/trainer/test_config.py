@@ -8,7 +8,7 @@ import yaml
 from pydantic import ValidationError
 
 from lacy import cli
-from trainer.config import FREE, TrainConfig, TrainingError, load, save
+from lacy.trainer.config import FREE, TrainConfig, TrainingError, load, save
 
 
 def write(path, **values):

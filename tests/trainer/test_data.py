@@ -26,14 +26,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models
 
-from schemas import files
-from schemas.codes import LEARN
-from schemas.files import sha256, write_atomic
-from schemas.manifest import DatasetError, LabelSet, label_sets, labels_path, load, read_manifest, save
-from schemas.parts import LABELS, select, to_parquet
+from lacy.schemas import files
+from lacy.schemas.codes import LEARN
+from lacy.schemas.files import sha256, write_atomic
+from lacy.schemas.manifest import DatasetError, LabelSet, label_sets, labels_path, load, read_manifest, save
+from lacy.schemas.parts import LABELS, select, to_parquet
+from lacy.trainer import data, shards
 from tests.trainer import datasets
 from tests.trainer.datasets import CALL, END
-from trainer import data, shards
 
 EOS, CALL_ID = 0, 1
 WORDS = 6000  # ids below are words

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trainer.head import Stats, chunk_rows, measure, project
+from lacy.trainer.head import Stats, chunk_rows, measure, project
 
 N, VOCAB, WIDTH, CALL = 23, 40, 8, 37  # rows of the vocabulary behind <CALL> are padding
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GraniteConfig, LlamaConfig
 
-from trainer import model, shards
-from trainer.config import TrainConfig, TrainingError
-from trainer.model import PRESETS, build
-from trainer.train import train
+from lacy.trainer import model, shards
+from lacy.trainer.config import TrainConfig, TrainingError
+from lacy.trainer.model import PRESETS, build
+from lacy.trainer.train import train
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +152,7 @@ def test_transformers_and_vllm_open_a_checkpoint_and_agree(tmp_path, dataset):
 VLLM = """
 import json, sys
 from vllm import SamplingParams
-from labelers.vllm_scorer import close_engine, open_engine
+from lacy.labelers.llm.vllm_scorer import close_engine, open_engine
 folder, prompts = json.loads(sys.argv[1])
 engine = open_engine(folder, "float32", 1, False, {"kv_cache_memory_bytes": 1 << 28})
 greedy = SamplingParams(temperature=0, max_tokens=16)

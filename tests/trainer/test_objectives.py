@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from schemas.codes import DELEGATE, IGNORE, LEARN
-from trainer.head import Stats, project
-from trainer.objectives import (
+from lacy.schemas.codes import DELEGATE, IGNORE, LEARN
+from lacy.trainer.head import Stats, project
+from lacy.trainer.objectives import (
     LEARN_SOFTMAX,
     NAMES,
     Objective,

@@ -13,11 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from schemas.manifest import DatasetError
+from lacy.schemas.manifest import DatasetError
+from lacy.trainer.config import TrainConfig, TrainingError
+from lacy.trainer.train import train
 from tests.trainer import runs
 from tests.trainer.datasets import make
-from trainer.config import TrainConfig, TrainingError
-from trainer.train import train
 
 STEPS = 14
 

@@ -31,10 +31,10 @@ import numpy as np
 import psutil
 from filelock import FileLock, Timeout
 
-from labelers.chat import Reply
-from labelers.models import ModelError
-from labelers.reference import Scores
-from labelers.windows import slices
+from lacy.labelers.llm.chat import Reply
+from lacy.labelers.llm.models import ModelError
+from lacy.labelers.llm.scorer import Scores
+from lacy.labelers.llm.windows import slices
 
 SLICE_TOKENS = 1 << 18  # in one request: what is lost when an engine dies, and what it holds in memory at once
 SLICE_CONVERSATIONS = 256
@@ -227,7 +227,7 @@ class Engines:
 
     def _launch(self, index: int) -> Connection | None:
         self._children = [child for child in self._children if child.poll() is None]
-        command = [sys.executable, "-m", "labelers.engine_process"]
+        command = [sys.executable, "-m", "lacy.labelers.llm.engine_process"]
         with open(self._path(index, "log"), "ab") as log:
             process = subprocess.Popen(
                 [*command, str(self.folder), self.spec.role, str(index), str(self.launcher)],
@@ -252,7 +252,7 @@ class Engines:
 
 
 class EngineScorer:
-    """The Scorer protocol of `labelers.reference` on engines that load `reference.load(**spec.arguments)`."""
+    """The Scorer protocol of `lacy.labelers.llm.scorer` on engines that load `reference.load(**spec.arguments)`."""
 
     def __init__(self, engines: Engines) -> None:
         self.engines = engines
@@ -276,7 +276,7 @@ class EngineScorer:
 
 
 class EngineChat:
-    """The Chat protocol of `labelers.chat` on engines that load `chat.load(**spec.arguments)`."""
+    """The Chat protocol of `lacy.labelers.llm.chat` on engines that load `chat.load(**spec.arguments)`."""
 
     def __init__(self, engines: Engines) -> None:
         self.engines = engines

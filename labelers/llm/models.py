@@ -20,7 +20,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from schemas.files import DatasetError, listing, patiently, store_of
+from lacy.schemas.files import DatasetError, listing, patiently, store_of
 
 log = logging.getLogger(__name__)
 

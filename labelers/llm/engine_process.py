@@ -1,6 +1,6 @@
-"""The process that holds one engine: loads a model, then answers the requests of `labelers.engines` one by one.
+"""The process that holds one engine: loads a model, then answers the requests of `labelers.llm.engines` one by one.
 
-    python -m labelers.engine_process FOLDER ROLE INDEX LAUNCHER
+    python -m lacy.labelers.llm.engine_process FOLDER ROLE INDEX LAUNCHER
 
 The socket is there when the model is. A request names a method of the model, its items and its arguments; the answers
 are ("began",), any number of ("tokens", n), then ("done", results, seconds), or ("died", why), after which the process

@@ -9,10 +9,10 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.pre_tokenizers import ByteLevel
 
-from labelers import tokenize
-from pipeline import spool
-from pipeline.readers import read
-from pipeline.sources import CorpusError, Range, find_files, plan
+from lacy.labelers import tokenize
+from lacy.pipeline.corpus import spool
+from lacy.pipeline.corpus.readers import read
+from lacy.pipeline.corpus.sources import CorpusError, Range, find_files, plan
 
 PIECE = 1 << 24  # bytes of corpus that are read at a time
 

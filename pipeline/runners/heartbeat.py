@@ -16,7 +16,7 @@ from pathlib import Path
 
 from apache_beam.metrics import Metrics
 
-from pipeline.readers import Bad
+from lacy.pipeline.corpus.readers import Bad
 
 log = logging.getLogger(__name__)
 

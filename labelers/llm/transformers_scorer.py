@@ -19,8 +19,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from labelers.models import ModelError, resolve
-from labelers.reference import Scores, Span, fault_of, finish, plan_spans, settle_window
+from lacy.labelers.llm.models import ModelError, resolve
+from lacy.labelers.llm.scorer import Scores, Span, fault_of, finish, plan_spans, settle_window
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ CACHED_ROWS = 8  # rows of logits that are reduced together on a CPU: they stay 
 
 
 class TransformersScorer:
-    """A causal language model of `transformers`; see `labelers.reference` for the protocol and the settings."""
+    """A causal language model of `transformers`; see `lacy.labelers.llm.scorer` for the protocol and the settings."""
 
     path = "transformers"
 

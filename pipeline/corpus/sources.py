@@ -2,7 +2,7 @@
 
 A part is a byte range of a file. In JSON Lines and MediaWiki XML it owns the records that begin in the range; in
 Parquet, the rows whose share of their row group's bytes begins in it; a text file is one document, so one part.
-A compressed stream cannot be entered in the middle: `pipeline.spool` copies it, once, into uncompressed ranges.
+A compressed stream cannot be entered in the middle: `pipeline.corpus.spool` copies it, once, into uncompressed ranges.
 """
 
 import glob
@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline import remote
-from schemas.manifest import CorpusFile, DatasetError
+from lacy.pipeline.corpus import remote
+from lacy.schemas.manifest import CorpusFile, DatasetError
 
 FORMATS = {".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".txt": "txt", ".xml": "xml"}
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bzip2"}

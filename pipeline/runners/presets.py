@@ -4,8 +4,8 @@ A preset only fills in what Beam's own options can say, and prints it; an option
 Nothing of it decides a byte of a dataset, so nothing of it is in the manifest.
 
 Processes and threads. A process that tags holds a core for itself and cannot share it (the GIL), and one that scores
-mostly waits for an engine, which all processes of a machine share (`labelers.engines`). So both kinds of machine get
-Dataflow's default, one process for each core, and one thread in each: cores are full where they tag, and where they
+mostly waits for an engine, which all processes of a machine share (`labelers.llm.engines`). So both kinds of machine
+get Dataflow's default, one process for each core, and one thread in each: cores are full where they tag, and where they
 score there are always parts ready for the engines. Beam's image lets Dataflow start them all in one container, whose
 temporary folder is where they find the engines of their machine; one process for each machine
 (`no_use_multiple_sdk_containers`) would prepare and write the parts of all its GPUs on one core.
@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from pipeline.options import LabelOptions
+from lacy.pipeline.options import LabelOptions
 
 TAGGER = "n2-standard-8"  # one process with spaCy for each core takes up to 2 GB; this has 4 for each
 TAGGER_CORES, TAGGER_RAM_GB = 8, 32

@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from labelers.models import ModelError, resolve, text_config
-from labelers.reference import (
+from lacy.labelers.llm.models import ModelError, resolve, text_config
+from lacy.labelers.llm.scorer import (
     GPU_MEMORY_SHARE,
     MAX_DEFAULT_WINDOW,
     Scores,
@@ -34,7 +34,7 @@ from labelers.reference import (
     plan_spans,
     settle_window,
 )
-from labelers.windows import slices
+from lacy.labelers.llm.windows import slices
 
 CPU_BATCH_TOKENS = 2048
 GPU_BATCH_TOKENS = 4096  # the first model runner holds 6 bytes per token and vocabulary entry that it does not plan for
@@ -45,7 +45,7 @@ QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}  # where the
 
 
 class VllmScorer:
-    """An LLM in vLLM; see `labelers.reference` for the protocol and the settings. `engine` goes to `vllm.LLM`."""
+    """An LLM in vLLM; see `lacy.labelers.llm.scorer` for the protocol and the settings. `engine` goes to `vllm.LLM`."""
 
     def __init__(
         self,

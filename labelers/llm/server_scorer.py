@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from labelers.models import ModelError, text_config
-from labelers.reference import MAX_DEFAULT_WINDOW, Scores, Span, fault_of, finish, plan_spans, settle_window
-from labelers.servers import BadAnswerError, Body, Refused, ServerPool, pick_model
-from labelers.windows import slices
+from lacy.labelers.llm.models import ModelError, text_config
+from lacy.labelers.llm.scorer import MAX_DEFAULT_WINDOW, Scores, Span, fault_of, finish, plan_spans, settle_window
+from lacy.labelers.llm.servers import BadAnswerError, Body, Refused, ServerPool, pick_model
+from lacy.labelers.llm.windows import slices
 
 REQUEST_TOKENS = 4096  # in one request, over all its windows
 REQUEST_PROMPTS = 32
@@ -40,7 +40,7 @@ Answer = list[tuple[np.ndarray, np.ndarray | None]]  # per prompt: NLL of all to
 
 
 class ServerScorer:
-    """An LLM behind servers; see `labelers.reference` for the protocol, and `ServerPool` for the settings not here.
+    """An LLM behind servers; see `labelers.llm.scorer` for the protocol, and `ServerPool` for the settings not here.
 
     model        name or folder whose config gives the context and the vocabulary
     window       tokens per prompt, BOS included; default: what model and servers can take, at most 2048

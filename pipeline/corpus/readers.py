@@ -14,10 +14,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline import wikitext
-from pipeline.remote import RemoteFile
-from pipeline.sources import Range
-from schemas.manifest import DatasetError
+from lacy.pipeline.corpus.remote import RemoteFile
+from lacy.pipeline.corpus.sources import Range
+from lacy.pipeline.corpus.wikitext import articles as wikitext
+from lacy.schemas.manifest import DatasetError
 
 CHUNK = 1 << 20
 TAIL = 1 << 16  # of a store, what is fetched beyond a range, where its last record ends

@@ -26,7 +26,7 @@ import mwparserfromhell
 from mwparserfromhell.nodes import ExternalLink, Node, Template, Wikilink
 from mwparserfromhell.wikicode import Wikicode
 
-from pipeline.templates import FUNCTIONS, LITERALS, names, pairs, renderer
+from lacy.pipeline.corpus.wikitext.templates import FUNCTIONS, LITERALS, names, pairs, renderer
 
 MAX_WIKITEXT = 4 << 20  # characters; MediaWiki itself takes at most 2 MiB a page
 MAX_DEPTH = 16  # of nested templates and links; mwparserfromhell gives up a little above 40

@@ -30,7 +30,7 @@ from typing import Any, TypeVar
 
 import httpx
 
-from labelers.models import ModelError
+from lacy.labelers.llm.models import ModelError
 
 log = logging.getLogger(__name__)
 

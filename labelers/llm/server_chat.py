@@ -1,9 +1,9 @@
-"""The chat on servers that speak the OpenAI protocol; see `labelers.chat` for the protocol."""
+"""The chat on servers that speak the OpenAI protocol; see `lacy.labelers.llm.chat` for the protocol."""
 
 from typing import Any
 
-from labelers.chat import Reply
-from labelers.servers import BadAnswerError, Body, Refused, ServerPool, pick_model
+from lacy.labelers.llm.chat import Reply
+from lacy.labelers.llm.servers import BadAnswerError, Body, Refused, ServerPool, pick_model
 
 PATH = "/v1/chat/completions"
 

@@ -20,11 +20,11 @@ import grpc
 from apache_beam.options.pipeline_options import PipelineOptions, PortableOptions, StandardOptions
 from apache_beam.runners.runner import PipelineState
 
-from pipeline import spool
-from pipeline.heartbeat import Counts, Heartbeat
-from pipeline.local import RunError, reason
-from pipeline.status import Measured, update
-from schemas.files import DatasetError, modified, sizes
+from lacy.pipeline.corpus import spool
+from lacy.pipeline.runners.heartbeat import Counts, Heartbeat
+from lacy.pipeline.runners.local import RunError, reason
+from lacy.pipeline.status import Measured, update
+from lacy.schemas.files import DatasetError, modified, sizes
 
 HERE = (None, "FnApiRunner", "DirectRunner")  # Beam's DirectRunner would fetch a binary, and ignore the worker count
 PATIENCE = 1800.0

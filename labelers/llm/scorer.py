@@ -10,8 +10,8 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from labelers.models import ModelError, text_config
-from labelers.windows import windows
+from lacy.labelers.llm.models import ModelError, text_config
+from lacy.labelers.llm.windows import windows
 
 GPU_MEMORY_SHARE = 0.85  # of vLLM's engines; the rest is for the logits, which vLLM leaves out when it sizes its cache
 MAX_DEFAULT_WINDOW = 2048  # tokens; attention makes longer windows dear, and few documents are longer
@@ -75,14 +75,14 @@ def load(
     device            "auto" is "cuda" where there is one, else "cpu" (transformers only)
     threads           CPU threads; with one, equal calls give equal bytes whatever else the machine does
     bos               id put before each window, for models that were trained with one; it is never in the output
-    engine            further arguments of the vLLM engine, or of `labelers.server_scorer.ServerScorer`
+    engine            further arguments of the vLLM engine, or of `lacy.labelers.llm.server_scorer.ServerScorer`
 
     Raises `ModelError` when the model or the backend's package is missing, `ValueError` for settings that cannot be.
     """
     if scorer == "transformers":
         if engine:
             raise ValueError(f"the transformers scorer has no setting {', '.join(engine)}")
-        from labelers.transformers_scorer import TransformersScorer
+        from lacy.labelers.llm.transformers_scorer import TransformersScorer
 
         return TransformersScorer(
             model,
@@ -96,13 +96,13 @@ def load(
             trust_remote_code=trust_remote_code,
         )
     if scorer == "server":
-        from labelers.server_scorer import ServerScorer
+        from lacy.labelers.llm.server_scorer import ServerScorer
 
         return ServerScorer(
             model, window=window, overlap=overlap, bos=bos, trust_remote_code=trust_remote_code, **engine
         )
     if scorer == "vllm":
-        from labelers.vllm_scorer import VllmScorer
+        from lacy.labelers.llm.vllm_scorer import VllmScorer
 
         return VllmScorer(
             model,

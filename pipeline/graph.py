@@ -22,18 +22,18 @@ import apache_beam as beam
 import pyarrow as pa
 from apache_beam.ml.inference.base import RunInference
 
-from labelers import tokenize
-from pipeline import spool
-from pipeline.element import Part
-from pipeline.handlers import GrammarHandler, JudgeHandler, ScoreHandler
-from pipeline.heartbeat import Heartbeat, PartCost
-from pipeline.options import ModelSpec
-from pipeline.packed import listed, pack, unpack
-from pipeline.readers import Bad, CopyGoneError, read
-from pipeline.sources import Range, Stream
-from pipeline.submit import absolute
-from pipeline.write import has_record, is_finished, require_admission, write_part
-from schemas.manifest import PartRecord, at
+from lacy.labelers import tokenize
+from lacy.pipeline.corpus import spool
+from lacy.pipeline.corpus.readers import Bad, CopyGoneError, read
+from lacy.pipeline.corpus.sources import Range, Stream
+from lacy.pipeline.element import Part
+from lacy.pipeline.handlers import GrammarHandler, JudgeHandler, ScoreHandler
+from lacy.pipeline.options import ModelSpec
+from lacy.pipeline.runners.heartbeat import Heartbeat, PartCost
+from lacy.pipeline.runners.packed import listed, pack, unpack
+from lacy.pipeline.runners.submit import absolute
+from lacy.pipeline.write import has_record, is_finished, require_admission, write_part
+from lacy.schemas.manifest import PartRecord, at
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class AnnotatePlan:
     committed: frozenset[str]  # parts that are finished; of streams, whose ranges are not known yet
     tokenizer: str
     spacy: str
-    rule: dict[str, bool]  # options of labelers.grammar.tag
+    rule: dict[str, bool]  # options of lacy.labelers.grammar.tag
     alignment: str
     models: dict[str, ModelSpec]  # by role: reference, student, judge
     keep_text: bool

@@ -55,11 +55,11 @@ def load(chat: Literal["vllm", "server"], model: str, **settings: Any) -> Chat:
     and for settings that cannot be.
     """
     if chat == "vllm":
-        from labelers.vllm_chat import VllmChat
+        from lacy.labelers.llm.vllm_chat import VllmChat
 
         return VllmChat(model, **settings)
     if chat == "server":
-        from labelers.server_chat import ServerChat
+        from lacy.labelers.llm.server_chat import ServerChat
 
         return ServerChat(model, **settings)
     raise ValueError(f"no chat {chat!r}; known: vllm, server")

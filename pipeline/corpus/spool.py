@@ -16,9 +16,9 @@ from pathlib import Path
 
 import zstandard
 
-from pipeline.readers import CHUNK, MARKS, MAX_RECORD_BYTES, TOO_LONG, open_file, read_chunks, records
-from pipeline.sources import Range, Stream, part_name
-from schemas.files import read_bytes, remove, sizes, write_atomic
+from lacy.pipeline.corpus.readers import CHUNK, MARKS, MAX_RECORD_BYTES, TOO_LONG, open_file, read_chunks, records
+from lacy.pipeline.corpus.sources import Range, Stream, part_name
+from lacy.schemas.files import read_bytes, remove, sizes, write_atomic
 
 FOLDER = ".spool"
 EXPANSION_BYTES = 8 << 20

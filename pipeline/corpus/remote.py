@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from schemas.files import patiently, store_of
+from lacy.schemas.files import patiently, store_of
 
 
 def match(url: str) -> Iterator[tuple[str, int]]:

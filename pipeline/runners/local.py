@@ -22,8 +22,8 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from apache_beam.transforms.environments import SubprocessSDKEnvironment
 
-from labelers import engines
-from pipeline.heartbeat import Counts, Heartbeat, PartCost, costs, total
+from lacy.labelers.llm import engines
+from lacy.pipeline.runners.heartbeat import Counts, Heartbeat, PartCost, costs, total
 
 POLL = 0.2
 _OURS = re.compile(r"^(Model|Pipeline|Tokenizer|Dataset|RunOver|CopyGone)Error: ")  # whose messages stand by themselves

@@ -9,15 +9,15 @@ As with the scorer, a process can hold only one engine on a CPU at a time.
 
 from typing import Any
 
-from labelers.chat import Reply
-from labelers.models import resolve, text_config
-from labelers.vllm_scorer import CPU_BATCH_TOKENS, close_engine, open_engine, prepare
+from lacy.labelers.llm.chat import Reply
+from lacy.labelers.llm.models import resolve, text_config
+from lacy.labelers.llm.vllm_scorer import CPU_BATCH_TOKENS, close_engine, open_engine, prepare
 
 MAX_DEFAULT_CONTEXT = 4096  # tokens; the cache must hold one conversation of this length
 
 
 class VllmChat:
-    """A chat model in vLLM; see `labelers.chat` for the protocol.
+    """A chat model in vLLM; see `lacy.labelers.llm.chat` for the protocol.
 
     dtype             "auto" is float32 on a CPU and bfloat16 on a GPU; else the name of a torch dtype
     max_batch_tokens  tokens per scheduler step; the default suits the device

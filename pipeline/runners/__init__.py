@@ -1,0 +1,1 @@
+"""Where a graph runs: on this machine, or elsewhere through Beam."""
