@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from lacy.cascade.errors import CascadeError
+from lacy.schemas.errors import CascadeError
 from lacy.schemas.files import write_atomic
 
 CallScore = Literal["margin", "uncertainty", "combined"]

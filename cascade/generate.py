@@ -22,11 +22,11 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from lacy.cascade.calls import WINDOW, CallScore, Fixed, Quantile, Scores, forbid, scores
-from lacy.cascade.errors import CascadeError
 from lacy.cascade.model import Model
 from lacy.cascade.partners import Answer, Partner, Request, Sampling, pick
 from lacy.cascade.reader import Reader
 from lacy.cascade.vocabulary import Writing, incomplete
+from lacy.schemas.errors import CascadeError
 
 BUDGET = 0.22  # the paper's
 NEW_TEXTS = 8  # read side by side: the logits of their warm-up are large

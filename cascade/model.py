@@ -7,8 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.modeling_utils import PreTrainedModel
 
-from lacy.cascade.errors import CascadeError
 from lacy.cascade.vocabulary import Vocabulary, open_vocabulary
+from lacy.schemas.errors import CascadeError
 from lacy.trainer.checkpoint import newest
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 
 from lacy.cascade.calls import forbid
-from lacy.cascade.errors import CascadeError
 from lacy.cascade.model import Model
 from lacy.cascade.reader import Reader
 from lacy.cascade.vocabulary import Vocabulary, incomplete, same
+from lacy.schemas.errors import CascadeError
 
 REST: Final = 4  # more tokens, where the last one leaves a character or a word to be begun
 WORD_TOKENS: Final = 8  # of one word, at most

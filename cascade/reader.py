@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from lacy.cascade.errors import CascadeError
 from lacy.cascade.model import Model
+from lacy.schemas.errors import CascadeError
 
 GROW = 128  # positions by which slots grow at least
 PADDING = 4  # positions of padding in a pass that cost less than another pass

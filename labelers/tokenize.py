@@ -17,16 +17,13 @@ import pyarrow as pa
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 
-from lacy.labelers.llm.models import ModelError, resolve
+from lacy.labelers.llm.models import resolve
+from lacy.schemas.errors import DatasetError, ModelError, TokenizerError
 from lacy.schemas.files import read_bytes, sha256, write_atomic
-from lacy.schemas.manifest import DatasetError, at
+from lacy.schemas.manifest import at
 
 CALL = "<CALL>"
 END = "<|endoftext|>"
-
-
-class TokenizerError(Exception):
-    """A tokenizer that cannot be loaded or used; one line that says why."""
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from lacy.cascade.errors import CascadeError
 from lacy.commands import PLAIN_INTERVAL, console_for_messages
+from lacy.schemas.errors import CascadeError
 from lacy.schemas.files import write_atomic
 
 PATIENCE = 60.0  # seconds without any server of a judge

@@ -172,7 +172,8 @@ def label(
         quiet(threads)
         from lacy.commands import cluster_of, run_estimate, run_label
         from lacy.pipeline.options import LabelOptions
-        from lacy.pipeline.runners.presets import UsageError, require_reach
+        from lacy.pipeline.runners.presets import require_reach
+        from lacy.schemas.errors import UsageError
 
         cluster = cluster_of(
             on,

@@ -21,7 +21,8 @@ PLAIN_INTERVAL = 10.0  # seconds between progress lines where there is no termin
 
 def cluster_of(on: str | None, **options: Any) -> Any:
     """The cluster that options describe; None where they name none."""
-    from lacy.pipeline.runners.presets import Cluster, UsageError
+    from lacy.pipeline.runners.presets import Cluster
+    from lacy.schemas.errors import UsageError
 
     if on is None:
         for name, value in options.items():
@@ -119,7 +120,7 @@ def run_plan(
     dataset: str | None, tokens: str | None, size: str | None, rates: Path | None, as_json: bool, **machines: Any
 ) -> None:
     from lacy.pipeline.plan import DEFAULTS, amount, plan, with_dataset, with_file
-    from lacy.pipeline.runners.presets import UsageError
+    from lacy.schemas.errors import UsageError
 
     known, total = with_dataset(DEFAULTS, dataset) if dataset else (DEFAULTS, 0)
     known = with_file(known, rates) if rates else known
@@ -227,8 +228,9 @@ def run_stats(dataset: str, labels: str | None, where: str | None, by: str | Non
 
 
 def run_sql(dataset: str, query: str | None, form: str, out: Path | None) -> None:
+    from lacy.schemas.errors import UsageError
     from lacy.schemas.manifest import at
-    from lacy.stats.answers import UsageError, answer, destination, require_format
+    from lacy.stats.answers import answer, destination, require_format
     from lacy.stats.connect import connect, statements
 
     require_format(form)
@@ -256,7 +258,7 @@ def run_sql(dataset: str, query: str | None, form: str, out: Path | None) -> Non
 
 
 def run_show(dataset: str, doc_id: str | None, labels: str | None, color: str, signals: bool) -> None:
-    from lacy.stats.answers import UsageError
+    from lacy.schemas.errors import UsageError
     from lacy.stats.show import paged, render, show
 
     if signals and doc_id is None:

@@ -4,11 +4,13 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import typer
 
-FAILED, USAGE, INTERRUPTED = 1, 2, 130
+from lacy.schemas.errors import LacyError, UsageError
+
+FAILED, INTERRUPTED = LacyError.exit_code, 130
 debug = False  # --debug was given
 
 
@@ -42,20 +44,26 @@ def known_errors() -> Iterator[None]:
     except Exception as error:
         if debug:
             raise
-        usage = type(error).__name__ in ("ValidationError", "UsageError")
-        _end(_line(error), USAGE if usage else FAILED)
+        _end(*_told(error))
 
 
-def _line(error: Any) -> str:
-    if type(error).__name__ == "ValidationError":
+def _told(error: Exception) -> tuple[str, int]:
+    """The line for the user, and the exit code."""
+    from pydantic import ValidationError
+
+    if isinstance(error, LacyError):
+        return first_line(error), error.exit_code
+    if isinstance(error, ValidationError):
         first = error.errors()[0]
         flag = "--" + str(first["loc"][0]).replace("_", "-") + ": " if first["loc"] else ""
-        return flag + first["msg"].removeprefix("Value error, ")
-    message = str(error).strip()
-    known = {"CorpusError", "DatasetError", "ModelError", "TokenizerError", "PolicyError", "RunError", "SqlError"}
-    known |= {"PipelineError", "UsageError", "TrainingError", "CascadeError"}
-    text = message.splitlines()[0] if message else type(error).__name__
-    return text if type(error).__name__ in known else f"{type(error).__name__}: {text}"
+        return flag + first["msg"].removeprefix("Value error, "), UsageError.exit_code
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror, FAILED
+    return f"{type(error).__name__}: {first_line(error)}", FAILED
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _end(message: str, code: int) -> NoReturn:

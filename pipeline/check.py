@@ -19,7 +19,8 @@ from tokenizers import Tokenizer
 from lacy.labelers import tokenize
 from lacy.pipeline.batches import batches, bounds, join, parse
 from lacy.schemas import codes
-from lacy.schemas.files import DatasetError, read_bytes, read_many, sha256, sizes
+from lacy.schemas.errors import DatasetError
+from lacy.schemas.files import read_bytes, read_many, sha256, sizes
 from lacy.schemas.manifest import LabelRecord, LabelSet, Manifest, PartRecord
 from lacy.schemas.parts import LABELS, SIGNALS, TOKEN_COLUMNS, select
 

@@ -28,16 +28,8 @@ from lacy.pipeline.runners.heartbeat import Counts as Progress
 from lacy.pipeline.runners.heartbeat import Heartbeat
 from lacy.pipeline.runners.packed import listed
 from lacy.schemas.codes import DELEGATE, IGNORE
-from lacy.schemas.files import (
-    DatasetError,
-    read_many,
-    remove,
-    remove_temporary,
-    remove_tree,
-    sha256,
-    sizes,
-    write_atomic,
-)
+from lacy.schemas.errors import DatasetError
+from lacy.schemas.files import read_many, remove, remove_temporary, remove_tree, sha256, sizes, write_atomic
 from lacy.schemas.manifest import (
     LabelRecord,
     LabelSet,

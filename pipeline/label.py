@@ -24,18 +24,18 @@ from lacy.labelers.llm import models
 from lacy.labelers.llm import scorer as reference_scores
 from lacy.pipeline.corpus import spool
 from lacy.pipeline.corpus.readers import Bad, read
-from lacy.pipeline.corpus.sources import CorpusError, Range, Stream, default_part_bytes, find_files, plan
+from lacy.pipeline.corpus.sources import Range, Stream, default_part_bytes, find_files, plan
 from lacy.pipeline.duplicates import duplicates
 from lacy.pipeline.options import Backend, LabelOptions, ModelSpec
 from lacy.pipeline.runners import local, submit
 from lacy.pipeline.runners.heartbeat import Counts, Heartbeat, PartCost
 from lacy.pipeline.runners.presets import Cluster
 from lacy.pipeline.write import admit, write_part
+from lacy.schemas.errors import CorpusError, DatasetError
 from lacy.schemas.files import folders, is_remote, read_bytes, read_many, remove, remove_temporary, remove_tree, sizes
 from lacy.schemas.manifest import (
     RECORDS,
     CorpusFile,
-    DatasetError,
     Manifest,
     PartRecord,
     deadletter_path,

@@ -19,7 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from lacy.labelers.policies import PASSES
 from lacy.pipeline.corpus.sources import MAX_PART_BYTES, kind_of
 from lacy.pipeline.options import ROLES
-from lacy.pipeline.runners.presets import DISK_GB, GPUS, TAGGER, TAGGER_CORES, TAGGER_RAM_GB, UsageError
+from lacy.pipeline.runners.presets import DISK_GB, GPUS, TAGGER, TAGGER_CORES, TAGGER_RAM_GB
+from lacy.schemas.errors import UsageError
 from lacy.schemas.manifest import at, label_sets, read_complete
 
 TESTED_PARTS = 100_000  # in one dataset

@@ -12,7 +12,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 from lacy.labelers import tokenize
 from lacy.pipeline.corpus import spool
 from lacy.pipeline.corpus.readers import read
-from lacy.pipeline.corpus.sources import CorpusError, Range, find_files, plan
+from lacy.pipeline.corpus.sources import Range, find_files, plan
+from lacy.schemas.errors import CorpusError
 
 PIECE = 1 << 24  # bytes of corpus that are read at a time
 

@@ -8,7 +8,8 @@ from typing import Any
 import pyarrow as pa
 
 from lacy.pipeline.corpus.readers import Bad
-from lacy.schemas.files import DatasetError, read_bytes, sha256, write_atomic
+from lacy.schemas.errors import DatasetError
+from lacy.schemas.files import read_bytes, sha256, write_atomic
 from lacy.schemas.manifest import RECORDS, PartRecord, deadletter_path, read_manifest, record_path, save, signals_path
 from lacy.schemas.parts import SIGNALS, select, to_parquet
 

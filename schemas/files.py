@@ -22,6 +22,8 @@ from typing import Any, BinaryIO, Final, TypeVar
 import fsspec
 from fsspec.config import conf
 
+from lacy.schemas.errors import DatasetError
+
 TEMPORARY = ".tmp"
 PATIENCE = 60.0  # seconds after which a store that goes on failing is given up
 FIRST_PAUSE = 0.2  # seconds, at most; doubles, and is drawn at random so that workers do not return together
@@ -43,10 +45,6 @@ _S3.setdefault("max_pool_connections", CONNECTIONS)
 _S3.setdefault("retries", {"mode": "standard", "total_max_attempts": 2})
 
 T = TypeVar("T")
-
-
-class DatasetError(Exception):
-    """A dataset that is missing, damaged, or of another kind than asked for; the message says what to do."""
 
 
 def write_atomic(path: Path, data: bytes | memoryview, *, create: bool = False) -> None:

@@ -20,7 +20,8 @@ from typing import Any, Literal, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from lacy.schemas.files import DatasetError, folders, read_bytes, sha256, store_of, write_atomic
+from lacy.schemas.errors import DatasetError
+from lacy.schemas.files import folders, read_bytes, sha256, store_of, write_atomic
 from lacy.schemas.parts import SCHEMA_VERSION
 
 RECORDS = ".parts"

@@ -47,7 +47,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lacy.schemas.codes import ENT_TYPES, LABELS, POS
-from lacy.schemas.manifest import DatasetError, LabelSet, label_sets, labels_path, read_complete, signals_path
+from lacy.schemas.errors import DatasetError
+from lacy.schemas.manifest import LabelSet, label_sets, labels_path, read_complete, signals_path
 from lacy.schemas.parts import LABELS as LABEL_COLUMNS
 from lacy.schemas.parts import SIGNALS
 

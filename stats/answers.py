@@ -22,9 +22,10 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
+from lacy.schemas.errors import SqlError, UsageError
 from lacy.schemas.files import open_atomic
 from lacy.schemas.printable import printable
-from lacy.stats.connect import SqlError, one_line, require_reading
+from lacy.stats.connect import one_line, require_reading
 
 FORMATS: Final = ("table", "csv", "json", "parquet")
 TABLE_ROWS: Final = 100
@@ -33,10 +34,6 @@ _ROW_GROUP = 1 << 26  # bytes, uncompressed
 _FILE_WIDTH = 240  # columns of a table in a file or a pipe
 _BOUNDLESS = 1_000_000
 _CELL = 1000  # characters
-
-
-class UsageError(Exception):
-    """An argument that there is not; one line that says which there are."""
 
 
 def require_format(form: str) -> None:

@@ -19,9 +19,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lacy.schemas.codes import DELEGATE, ENT_TYPES, IGNORE, LABELS, LEARN, POS
-from lacy.schemas.manifest import DatasetError, LabelSet, at, label_sets, read_complete
+from lacy.schemas.errors import DatasetError, SqlError
+from lacy.schemas.manifest import LabelSet, at, label_sets, read_complete
 from lacy.schemas.views import document_lists
-from lacy.stats.connect import SqlError, connect, one_line, require_reading
+from lacy.stats.connect import connect, one_line, require_reading
 from lacy.stats.figures import (
     BIN_WIDTH,
     BINS,

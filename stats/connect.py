@@ -12,17 +12,14 @@ from typing import Final
 import duckdb
 import pyarrow as pa
 
-from lacy.schemas.manifest import DatasetError, at
+from lacy.schemas.errors import DatasetError, SqlError
+from lacy.schemas.manifest import at
 from lacy.schemas.views import PREFIX, create_views, quote
 from lacy.stats.files import DatasetFiles
 
 _REMOTE_THREADS: Final = 4  # for each core: what reads from an object store waits more than it computes
 _EXPLAIN: Final = r"(?is)^\s*explain\b\s*(analy[sz]e\b|\(\s*(analy[sz]e|format)\b[^()]*\))?"
 _SESSION: Final = r"(?is)create\s+(or\s+replace\s+)?(temp|temporary)\s+(recursive\s+)?(table|view|macro|function)\b"
-
-
-class SqlError(Exception):
-    """A query that cannot be answered; one line that says why."""
 
 
 def connect(dataset: str | os.PathLike[str]) -> duckdb.DuckDBPyConnection:

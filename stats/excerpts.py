@@ -25,11 +25,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lacy.schemas.codes import LEARN
-from lacy.schemas.manifest import DatasetError, Manifest, labels_path, signals_path
+from lacy.schemas.errors import DatasetError, SqlError
+from lacy.schemas.manifest import Manifest, labels_path, signals_path
 from lacy.schemas.parts import SIGNALS
 from lacy.schemas.printable import printable
 from lacy.stats.compute import parameters, tokens_where
-from lacy.stats.connect import SqlError, connect, one_line
+from lacy.stats.connect import connect, one_line
 
 CODES: Final = 48  # "0"
 LOSS_UNITS: Final = 1000  # in a nat

@@ -14,9 +14,10 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.lexers import PygmentsLexer
 from pygments.lexers.sql import SqlLexer
 
+from lacy.schemas.errors import SqlError, UsageError
 from lacy.schemas.views import NAMES
-from lacy.stats.answers import FORMATS, UsageError, answer, require_format
-from lacy.stats.connect import SqlError, statements
+from lacy.stats.answers import FORMATS, answer, require_format
+from lacy.stats.connect import statements
 
 HELP: Final = f"""\
 SQL over the views {", ".join(NAMES)}; a statement ends with a semicolon.

@@ -22,8 +22,9 @@ import jinja2
 import markupsafe
 
 from lacy.schemas.codes import ENT_TYPES, LABELS, POS
+from lacy.schemas.errors import DatasetError
 from lacy.schemas.files import write_atomic
-from lacy.schemas.manifest import DatasetError, Manifest, at, label_sets, read_complete
+from lacy.schemas.manifest import Manifest, at, label_sets, read_complete
 from lacy.schemas.printable import printable
 from lacy.stats import excerpts
 from lacy.stats.answers import require_place

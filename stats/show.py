@@ -19,9 +19,9 @@ from rich.pager import SystemPager
 from rich.text import Text
 
 from lacy.schemas.codes import DELEGATE, IGNORE, LABELS, LEARN
-from lacy.schemas.manifest import DatasetError, at, label_sets, read_complete
+from lacy.schemas.errors import DatasetError, UsageError
+from lacy.schemas.manifest import at, label_sets, read_complete
 from lacy.schemas.printable import printable
-from lacy.stats.answers import UsageError
 from lacy.stats.compute import pick_labels
 from lacy.stats.connect import connect, one_line
 

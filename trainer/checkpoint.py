@@ -24,8 +24,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.modeling_utils import PreTrainedModel
 
+from lacy.schemas.errors import TrainingError
 from lacy.schemas.files import TEMPORARY, write_atomic
-from lacy.trainer.config import TrainConfig, TrainingError
+from lacy.trainer.config import TrainConfig
 from lacy.trainer.ranks import Ranks
 
 VERSION = 1

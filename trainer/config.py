@@ -6,12 +6,9 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from lacy.schemas.errors import TrainingError
 from lacy.schemas.files import write_atomic
 from lacy.trainer import objectives
-
-
-class TrainingError(Exception):
-    """A run that cannot start or go on; the message is one line that says what to do."""
 
 
 class TrainConfig(BaseModel):

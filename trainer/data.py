@@ -31,7 +31,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from lacy.schemas.manifest import DatasetError
+from lacy.schemas.errors import DatasetError
 from lacy.trainer import shards
 from lacy.trainer.shards import COLUMNS, Arrays, Documents, Labels
 

@@ -5,8 +5,9 @@ import math
 from pathlib import Path
 from typing import Any
 
+from lacy.schemas.errors import TrainingError
 from lacy.schemas.files import sha256, write_atomic
-from lacy.trainer.config import TrainConfig, TrainingError
+from lacy.trainer.config import TrainConfig
 
 
 class Log:

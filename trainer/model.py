@@ -13,8 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, GPT2Config, LlamaConfig, PreTrainedConfig
 from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 
+from lacy.schemas.errors import TrainingError
 from lacy.trainer import head
-from lacy.trainer.config import TrainConfig, TrainingError
+from lacy.trainer.config import TrainConfig
 from lacy.trainer.head import Measures, Stats
 from lacy.trainer.ranks import Ranks
 from lacy.trainer.shards import Labels, vocabulary

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lacy.trainer.config import TrainConfig, TrainingError
+from lacy.schemas.errors import TrainingError
+from lacy.trainer.config import TrainConfig
 
 
 @dataclass(frozen=True)

@@ -14,17 +14,9 @@ import pyarrow.parquet as pq
 
 from lacy.schemas.codes import LABELS as LABEL_NAMES
 from lacy.schemas.codes import LEARN
+from lacy.schemas.errors import DatasetError
 from lacy.schemas.files import read_bytes, sha256
-from lacy.schemas.manifest import (
-    DatasetError,
-    LabelRecord,
-    LabelSet,
-    Manifest,
-    at,
-    label_sets,
-    labels_path,
-    read_complete,
-)
+from lacy.schemas.manifest import LabelRecord, LabelSet, Manifest, at, label_sets, labels_path, read_complete
 from lacy.schemas.parts import LABELS
 
 DEFAULT_LABELS: Final = "lacy"

@@ -26,10 +26,11 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from transformers.modeling_utils import PreTrainedModel
 
+from lacy.schemas.errors import TrainingError
 from lacy.trainer import checkpoint, data, evaluate, model, objectives, optimizer, shards
 from lacy.trainer import config as configuration
 from lacy.trainer.checkpoint import Progress
-from lacy.trainer.config import TrainConfig, TrainingError
+from lacy.trainer.config import TrainConfig
 from lacy.trainer.logs import Log
 from lacy.trainer.objectives import Objective
 from lacy.trainer.ranks import Ranks, join

@@ -14,7 +14,7 @@ from typing import Any, Final, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
-from lacy.cascade.errors import CascadeError
+from lacy.schemas.errors import CascadeError
 from lacy.schemas.files import sha256
 
 PORTION: Final = 64  # conversations; an interruption loses the answers of one portion at most

@@ -23,12 +23,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lacy.cascade.errors import CascadeError
 from lacy.cascade.evaluation import bootstrap, results
 from lacy.cascade.evaluation.results import Result
 from lacy.cascade.model import checkpoint, results_folder
+from lacy.schemas.errors import CascadeError, TrainingError
 from lacy.trainer import config, logs
-from lacy.trainer.config import TrainingError
 
 WIDTH: Final = 100  # columns of the tables where there is no terminal
 SHOWN: Final = 0.6  # share called up to which curves are drawn; of few kept tokens the accuracy is noise

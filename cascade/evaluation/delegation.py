@@ -32,13 +32,12 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from transformers.modeling_utils import PreTrainedModel
 
 from lacy.cascade.calls import CALL_SCORES, CallScore, Fitted, Scores, read_fitted, write_fitted
-from lacy.cascade.errors import CascadeError
 from lacy.cascade.evaluation import bootstrap, results
 from lacy.cascade.evaluation.results import Result
 from lacy.cascade.model import Model, checkpoint, open_model, results_folder
-from lacy.schemas.manifest import DatasetError
+from lacy.schemas.errors import CascadeError, DatasetError, TrainingError
 from lacy.trainer import shards
-from lacy.trainer.config import TrainConfig, TrainingError, load
+from lacy.trainer.config import TrainConfig, load
 from lacy.trainer.data import held_out
 from lacy.trainer.head import Measures
 from lacy.trainer.model import Learner

@@ -33,7 +33,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from lacy.cascade.errors import CascadeError
+from lacy.schemas.errors import CascadeError
 from lacy.schemas.files import TEMPORARY, sha256, sha256_of, write_atomic
 from lacy.schemas.manifest import read_complete, signals_path
 

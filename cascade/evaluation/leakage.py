@@ -19,15 +19,15 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field
 
 from lacy.cascade import generate as generation
-from lacy.cascade.errors import CascadeError
 from lacy.cascade.evaluation import delegation, results
 from lacy.cascade.evaluation.results import Result
 from lacy.cascade.generate import Generation
 from lacy.cascade.model import Model, results_folder
 from lacy.cascade.partners import Partner
 from lacy.schemas.codes import ENT_TYPES
+from lacy.schemas.errors import CascadeError, DatasetError
 from lacy.schemas.files import sha256
-from lacy.schemas.manifest import DatasetError, read_manifest, signals_path
+from lacy.schemas.manifest import read_manifest, signals_path
 from lacy.trainer import shards
 from lacy.trainer.shards import Labels
 

@@ -26,9 +26,9 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer
 
-from lacy.cascade.errors import CascadeError
 from lacy.cascade.evaluation.results import Result
 from lacy.cascade.model import Model
+from lacy.schemas.errors import CascadeError
 
 MAIN: Final = ("acc_norm", "acc")  # the first that a task has is its main metric
 ANSWER: Final = 256  # tokens of a generated answer where its task sets no limit; at most half the context

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from lacy.cascade.errors import CascadeError
+from lacy.schemas.errors import CascadeError
 from lacy.schemas.files import write_atomic
 
 

@@ -32,9 +32,9 @@ import psutil
 from filelock import FileLock, Timeout
 
 from lacy.labelers.llm.chat import Reply
-from lacy.labelers.llm.models import ModelError
 from lacy.labelers.llm.scorer import Scores
 from lacy.labelers.llm.windows import slices
+from lacy.schemas.errors import ModelError
 
 SLICE_TOKENS = 1 << 18  # in one request: what is lost when an engine dies, and what it holds in memory at once
 SLICE_CONVERSATIONS = 256

@@ -20,17 +20,14 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from lacy.schemas.files import DatasetError, listing, patiently, store_of
+from lacy.schemas.errors import DatasetError, ModelError
+from lacy.schemas.files import listing, patiently, store_of
 
 log = logging.getLogger(__name__)
 
 MIB = 1 << 20
 FETCHERS = 8  # files of a model that are fetched at a time
 WHOLE_FILE_BYTES = 16 * MIB  # `fingerprint` reads files up to this size in full
-
-
-class ModelError(Exception):
-    """A model cannot be had; the message is one line that says what to do."""
 
 
 @dataclass(frozen=True)

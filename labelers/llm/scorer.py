@@ -10,8 +10,9 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from lacy.labelers.llm.models import ModelError, text_config
+from lacy.labelers.llm.models import text_config
 from lacy.labelers.llm.windows import windows
+from lacy.schemas.errors import ModelError
 
 GPU_MEMORY_SHARE = 0.85  # of vLLM's engines; the rest is for the logits, which vLLM leaves out when it sizes its cache
 MAX_DEFAULT_WINDOW = 2048  # tokens; attention makes longer windows dear, and few documents are longer

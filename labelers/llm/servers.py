@@ -30,7 +30,7 @@ from typing import Any, TypeVar
 
 import httpx
 
-from lacy.labelers.llm.models import ModelError
+from lacy.schemas.errors import ModelError
 
 log = logging.getLogger(__name__)
 

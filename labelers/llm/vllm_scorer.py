@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from lacy.labelers.llm.models import ModelError, resolve, text_config
+from lacy.labelers.llm.models import resolve, text_config
 from lacy.labelers.llm.scorer import (
     GPU_MEMORY_SHARE,
     MAX_DEFAULT_WINDOW,
@@ -35,6 +35,7 @@ from lacy.labelers.llm.scorer import (
     settle_window,
 )
 from lacy.labelers.llm.windows import slices
+from lacy.schemas.errors import ModelError
 
 CPU_BATCH_TOKENS = 2048
 GPU_BATCH_TOKENS = 4096  # the first model runner holds 6 bytes per token and vocabulary entry that it does not plan for

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from lacy.pipeline.corpus.remote import RemoteFile
 from lacy.pipeline.corpus.sources import Range
 from lacy.pipeline.corpus.wikitext import articles as wikitext
-from lacy.schemas.manifest import DatasetError
+from lacy.schemas.errors import DatasetError
 
 CHUNK = 1 << 20
 TAIL = 1 << 16  # of a store, what is fetched beyond a range, where its last record ends

@@ -12,15 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lacy.pipeline.corpus import remote
-from lacy.schemas.manifest import CorpusFile, DatasetError
+from lacy.schemas.errors import CorpusError, DatasetError
+from lacy.schemas.manifest import CorpusFile
 
 FORMATS = {".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".txt": "txt", ".xml": "xml"}
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bzip2"}
 MAX_PART_BYTES, MIN_PART_BYTES = 1 << 20, 1 << 15
-
-
-class CorpusError(Exception):
-    """A corpus that cannot be read at all; the message says what to do."""
 
 
 @dataclass(frozen=True)

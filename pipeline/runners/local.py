@@ -24,14 +24,10 @@ from apache_beam.transforms.environments import SubprocessSDKEnvironment
 
 from lacy.labelers.llm import engines
 from lacy.pipeline.runners.heartbeat import Counts, Heartbeat, PartCost, costs, total
+from lacy.schemas.errors import LacyError, RunError
 
 POLL = 0.2
-_OURS = re.compile(r"^(Model|Pipeline|Tokenizer|Dataset|RunOver|CopyGone)Error: ")  # whose messages stand by themselves
 GRACE = 5.0  # seconds that the run may take to end by itself after a worker has failed
-
-
-class RunError(Exception):
-    """The run failed; one line that says what to do."""
 
 
 def run(
@@ -150,7 +146,13 @@ def _last_error(text: str) -> str | None:
     if not found:
         return None
     line = re.sub(r"^(?:[a-z_]\w*\.)+(?=[A-Z])", "", _without_step(found[-1]))
-    return _OURS.sub("", line)
+    name, _, message = line.partition(": ")
+    return message if message and name in _known_errors() else line
+
+
+def _known_errors(kind: type[LacyError] = LacyError) -> set[str]:
+    """The names of the errors whose messages stand by themselves."""
+    return {kind.__name__}.union(*(_known_errors(below) for below in kind.__subclasses__()))
 
 
 def _without_step(line: str) -> str:

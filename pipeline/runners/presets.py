@@ -19,14 +19,11 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from lacy.pipeline.options import LabelOptions
+from lacy.schemas.errors import UsageError
 
 TAGGER = "n2-standard-8"  # one process with spaCy for each core takes up to 2 GB; this has 4 for each
 TAGGER_CORES, TAGGER_RAM_GB = 8, 32
 DISK_GB = 100  # an image with CUDA and vLLM takes 20 GB, and the model comes beside it
-
-
-class UsageError(Exception):
-    """A command line that cannot be; one line that says what to change."""
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,10 @@ from apache_beam.runners.runner import PipelineState
 
 from lacy.pipeline.corpus import spool
 from lacy.pipeline.runners.heartbeat import Counts, Heartbeat
-from lacy.pipeline.runners.local import RunError, reason
+from lacy.pipeline.runners.local import reason
 from lacy.pipeline.status import Measured, update
-from lacy.schemas.files import DatasetError, modified, sizes
+from lacy.schemas.errors import DatasetError, RunError
+from lacy.schemas.files import modified, sizes
 
 HERE = (None, "FnApiRunner", "DirectRunner")  # Beam's DirectRunner would fetch a binary, and ignore the worker count
 PATIENCE = 1800.0

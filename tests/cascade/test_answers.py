@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from lacy.cascade.errors import CascadeError
 from lacy.cascade.evaluation.answers import Answer, Conversation, Remembering
+from lacy.schemas.errors import CascadeError
 
 SCHEMA = {"type": "object"}
 

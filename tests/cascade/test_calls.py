@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lacy.cascade.calls import LEND, PAY, WINDOW, Fitted, Fixed, Quantile, forbid, read_fitted, scores, write_fitted
-from lacy.cascade.errors import CascadeError
+from lacy.schemas.errors import CascadeError
 
 
 def test_scores_are_those_of_the_definition():

@@ -12,10 +12,10 @@ import pytest
 import yaml
 from rich.console import Console
 
-from lacy.cascade.errors import CascadeError
 from lacy.cascade.evaluation import bootstrap, results
 from lacy.cascade.evaluation.compare import COLUMNS, compare, names, page, show
 from lacy.cascade.evaluation.results import Result
+from lacy.schemas.errors import CascadeError
 
 AUC = "delegation.auc.margin.factual_wrong"
 STEP = "step-00000020"

@@ -15,7 +15,6 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lacy.cascade.calls import Fitted, Scores, read_fitted
-from lacy.cascade.errors import CascadeError
 from lacy.cascade.evaluation import results
 from lacy.cascade.evaluation.delegation import (
     SHARES,
@@ -33,6 +32,7 @@ from lacy.cascade.evaluation.delegation import (
     table,
 )
 from lacy.cascade.model import open_model, results_folder
+from lacy.schemas.errors import CascadeError
 from lacy.trainer.config import TrainConfig, save
 from lacy.trainer.data import NothingHeldOutError
 from lacy.trainer.model import tokenizer_files

@@ -10,9 +10,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lacy.cascade.calls import CALL_SCORES, WINDOW
-from lacy.cascade.errors import CascadeError
 from lacy.cascade.generate import Options, Piece, generate
 from lacy.cascade.partners import Amount, Answer, InProcess, Patient, Sampling
+from lacy.schemas.errors import CascadeError
 from tests.cascade import models
 from tests.cascade.texts import TEXT
 

@@ -15,10 +15,10 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lacy.cascade.errors import CascadeError
 from lacy.cascade.evaluation.knowledge import Knowledge, cut, open_knowledge
+from lacy.schemas.errors import CascadeError, DatasetError
 from lacy.schemas.files import sha256, write_atomic
-from lacy.schemas.manifest import DatasetError, Manifest, PartRecord, save, signals_path
+from lacy.schemas.manifest import Manifest, PartRecord, save, signals_path
 from lacy.schemas.parts import SIGNALS, select, to_parquet
 
 VENN = (

@@ -8,14 +8,13 @@ from typing import Any
 import pytest
 
 from lacy.cascade import generate as generation
-from lacy.cascade.errors import CascadeError
 from lacy.cascade.evaluation import results
 from lacy.cascade.evaluation.leakage import LEAST_BEFORE, LONGEST, Options, Pair, contains, evaluate, find_pairs
 from lacy.cascade.generate import Options as Generating
 from lacy.cascade.model import Model, open_model
 from lacy.cascade.partners import Answer, Request
 from lacy.schemas import manifest
-from lacy.schemas.manifest import DatasetError
+from lacy.schemas.errors import CascadeError, DatasetError
 from lacy.trainer.shards import Labels, open_labels
 from tests.cascade import models
 from tests.cascade.datasets import BEGIN, labelled, marked, tale, words

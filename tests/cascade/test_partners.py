@@ -20,10 +20,10 @@ import psutil
 import pytest
 import torch
 
-from lacy.cascade.errors import CascadeError
 from lacy.cascade.generate import Generation, Options, Piece, generate
 from lacy.cascade.model import Model, open_model
 from lacy.cascade.partners import Amount, Answer, InProcess, Patient, Request, Sampling, Server, pick
+from lacy.schemas.errors import CascadeError
 from tests.cascade.serving import ROOT, answered, completion, server_process, write_model
 from tests.labelers.faulty_proxy import Fault, FaultyProxy
 from tests.labelers.serving import vllm_server

@@ -5,8 +5,8 @@ import random
 import pytest
 import torch
 
-from lacy.cascade.errors import CascadeError
 from lacy.cascade.reader import Reader
+from lacy.schemas.errors import CascadeError
 from tests.cascade import models
 
 TOKENIZER = models.byte_level(600)

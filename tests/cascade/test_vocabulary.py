@@ -5,8 +5,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from lacy.cascade.errors import CascadeError
 from lacy.cascade.vocabulary import Writing, incomplete, same, vocabulary
+from lacy.schemas.errors import CascadeError
 from tests.cascade.models import END, byte_level, composed, permuted, read, sentencepiece, shuffled
 from tests.cascade.texts import TEXT
 

@@ -14,7 +14,7 @@ import pytest
 from lacy.labelers.llm import engines
 from lacy.labelers.llm import scorer as reference
 from lacy.labelers.llm.engines import Died, Engines, EngineScorer, EngineSpec
-from lacy.labelers.llm.models import ModelError
+from lacy.schemas.errors import ModelError
 
 FACTORY = f"{__name__}:Doubler"
 

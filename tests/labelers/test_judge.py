@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-from lacy import labelers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lacy import labelers
 from lacy.labelers.judge import (
     MAX_QUOTE,
     MAX_SPANS,

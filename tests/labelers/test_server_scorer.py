@@ -14,9 +14,9 @@ from tokenizers import Tokenizer
 from lacy.labelers.judge import passages
 from lacy.labelers.llm import chat, models
 from lacy.labelers.llm import scorer as reference
-from lacy.labelers.llm.models import ModelError
 from lacy.labelers.llm.scorer import Scores
 from lacy.labelers.llm.server_scorer import ServerScorer
+from lacy.schemas.errors import ModelError
 from tests.conftest import LACY, run_lacy
 from tests.e2e.test_label import digests, rows
 from tests.forks import Forks

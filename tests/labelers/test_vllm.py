@@ -16,9 +16,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lacy.labelers.llm import models
 from lacy.labelers.llm import scorer as reference
-from lacy.labelers.llm.models import ModelError
 from lacy.labelers.llm.scorer import Scores
 from lacy.labelers.llm.vllm_scorer import VllmScorer, _Answer, _Prompt, _read
+from lacy.schemas.errors import ModelError
 
 VOCABULARY, CONTEXT, OVERLAP = 160, 64, 6
 WINDOW = CONTEXT - 1  # the longest that vLLM can score

@@ -15,8 +15,8 @@ import pytest
 
 from lacy.labelers.judge import parse, passages
 from lacy.labelers.llm import chat, models
-from lacy.labelers.llm.models import ModelError
 from lacy.labelers.llm.vllm_chat import VllmChat, without_system
+from lacy.schemas.errors import ModelError
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 

@@ -9,7 +9,7 @@ import pytest
 from lacy.pipeline import batches
 from lacy.pipeline import decide as module
 from lacy.pipeline.decide import decide, decided
-from lacy.pipeline.runners.local import RunError
+from lacy.schemas.errors import RunError
 from lacy.schemas.manifest import at, label_sets
 
 

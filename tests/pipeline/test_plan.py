@@ -6,7 +6,7 @@ import pytest
 
 from lacy.pipeline.estimate import Estimate, Figure
 from lacy.pipeline.plan import DEFAULTS, Rate, amount, measured, plan, with_dataset, with_file
-from lacy.pipeline.runners.presets import UsageError
+from lacy.schemas.errors import UsageError
 
 ROUND = {
     "bytes_per_token": 4,

@@ -14,7 +14,8 @@ from pydantic import ValidationError
 
 from lacy.pipeline.label import _best_backend, _engines
 from lacy.pipeline.options import LabelOptions
-from lacy.pipeline.runners.presets import GPUS, Cluster, UsageError, beam_options, require_reach, require_store
+from lacy.pipeline.runners.presets import GPUS, Cluster, beam_options, require_reach, require_store
+from lacy.schemas.errors import UsageError
 
 DATAFLOW = {"on": "dataflow", "project": "my-project", "region": "us-central1", "image": "host/lacy/label:gpu"}
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from lacy.pipeline.corpus import readers, spool
 from lacy.pipeline.corpus.readers import read
-from lacy.pipeline.corpus.sources import CorpusError, Range, Stream, default_part_bytes, find_files, kind_of, plan
+from lacy.pipeline.corpus.sources import Range, Stream, default_part_bytes, find_files, kind_of, plan
+from lacy.schemas.errors import CorpusError
 from tests.pipeline import corpora
 
 

@@ -10,7 +10,8 @@ import pytest
 from lacy.pipeline.corpus import spool
 from lacy.pipeline.corpus.sources import Range, plan
 from lacy.pipeline.status import status, update
-from lacy.schemas.files import DatasetError, remove
+from lacy.schemas.errors import DatasetError
+from lacy.schemas.files import remove
 from lacy.schemas.manifest import CorpusFile, Manifest, PartRecord, at, load, read_manifest, record_path, save
 
 NOW = 2_000_000_000.0

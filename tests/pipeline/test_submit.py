@@ -8,7 +8,7 @@ import pytest
 
 from lacy.pipeline.runners import submit
 from lacy.pipeline.runners.heartbeat import Counts
-from lacy.pipeline.runners.local import RunError
+from lacy.schemas.errors import RunError
 from lacy.schemas.files import write_atomic
 from lacy.schemas.manifest import PartRecord, record_path, save
 

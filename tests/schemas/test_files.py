@@ -9,7 +9,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from lacy.schemas import files
-from lacy.schemas.files import DatasetError
+from lacy.schemas.errors import DatasetError
 from lacy.schemas.manifest import at
 
 

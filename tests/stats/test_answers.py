@@ -10,9 +10,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from lacy.schemas.errors import SqlError, UsageError
 from lacy.stats import answers
-from lacy.stats.answers import UsageError, destination
-from lacy.stats.connect import SqlError, connect
+from lacy.stats.answers import destination
+from lacy.stats.connect import connect
 from tests.conftest import LACY
 from tests.stats.conftest import document, write
 

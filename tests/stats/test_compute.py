@@ -10,10 +10,10 @@ import fsspec
 import pytest
 
 from lacy.schemas.codes import DELEGATE, ENT_TYPES, IGNORE, LEARN, POS
-from lacy.schemas.manifest import DatasetError, label_sets, read_complete
+from lacy.schemas.errors import DatasetError, SqlError
+from lacy.schemas.manifest import label_sets, read_complete
 from lacy.stats import compute as module
 from lacy.stats.compute import compute
-from lacy.stats.connect import SqlError
 from lacy.stats.figures import BIN_WIDTH, BINS, BUDGETS, QUANTILES
 from tests.stats.conftest import by_loss, corpus, document, write
 

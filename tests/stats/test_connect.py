@@ -6,9 +6,10 @@ import pyarrow as pa
 import pytest
 
 from lacy.schemas import views
-from lacy.schemas.manifest import DatasetError, read_manifest, save, signals_path
+from lacy.schemas.errors import DatasetError, SqlError
+from lacy.schemas.manifest import read_manifest, save, signals_path
 from lacy.stats import connect as module
-from lacy.stats.connect import SqlError, connect, query, require_reading
+from lacy.stats.connect import connect, query, require_reading
 from tests.stats.conftest import document, write
 
 

@@ -10,7 +10,8 @@ import pytest
 from rich.console import Console
 
 import lacy
-from lacy.schemas.manifest import DatasetError, at, signals_path
+from lacy.schemas.errors import DatasetError
+from lacy.schemas.manifest import at, signals_path
 from lacy.stats import files, report, show
 from lacy.stats.connect import connect
 from tests.conftest import LACY

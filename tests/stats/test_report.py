@@ -10,12 +10,10 @@ import pytest
 
 from lacy.schemas import manifest
 from lacy.schemas.codes import DELEGATE, ENT_TYPES, IGNORE, LEARN, POS
-from lacy.schemas.manifest import DatasetError
+from lacy.schemas.errors import DatasetError, SqlError, UsageError
 from lacy.schemas.printable import printable
 from lacy.stats import excerpts, report
-from lacy.stats.answers import UsageError
 from lacy.stats.compute import compute
-from lacy.stats.connect import SqlError
 from tests.stats import conftest
 
 pytest_plugins = ["tests.stats.browser"]

@@ -11,8 +11,7 @@ from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 
 from lacy.schemas.codes import DELEGATE, IGNORE, LEARN
-from lacy.schemas.manifest import DatasetError
-from lacy.stats.answers import UsageError
+from lacy.schemas.errors import DatasetError, UsageError
 from lacy.stats.show import LOSSES, loss_steps, render, show
 from tests.stats.conftest import document, write
 

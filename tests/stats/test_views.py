@@ -7,7 +7,8 @@ import pytest
 
 from lacy.schemas import views
 from lacy.schemas.codes import ENT_TYPES, LABELS, POS
-from lacy.schemas.manifest import DatasetError, signals_path
+from lacy.schemas.errors import DatasetError
+from lacy.schemas.manifest import signals_path
 from lacy.stats.connect import connect
 from tests.stats.conftest import document, write
 

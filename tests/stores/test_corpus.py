@@ -8,9 +8,10 @@ import pytest
 
 from lacy.pipeline.corpus import readers, spool
 from lacy.pipeline.corpus.readers import CopyGoneError, read
-from lacy.pipeline.corpus.sources import CorpusError, Range, find_files, plan
+from lacy.pipeline.corpus.sources import Range, find_files, plan
 from lacy.schemas import files
-from lacy.schemas.manifest import DatasetError, at
+from lacy.schemas.errors import CorpusError, DatasetError
+from lacy.schemas.manifest import at
 from tests.pipeline import corpora
 from tests.stores.proxy import KINDS
 

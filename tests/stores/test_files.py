@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from lacy.schemas import files
-from lacy.schemas.files import DatasetError
+from lacy.schemas.errors import DatasetError
 from lacy.schemas.manifest import at
 
 

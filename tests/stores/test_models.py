@@ -8,8 +8,8 @@ import pytest
 
 from lacy.labelers import tokenize
 from lacy.labelers.llm import models
-from lacy.labelers.llm.models import ModelError
 from lacy.schemas import files
+from lacy.schemas.errors import ModelError
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,8 @@ import yaml
 from pydantic import ValidationError
 
 from lacy import cli
-from lacy.trainer.config import FREE, TrainConfig, TrainingError, load, save
+from lacy.schemas.errors import TrainingError
+from lacy.trainer.config import FREE, TrainConfig, load, save
 
 
 def write(path, **values):

@@ -28,8 +28,9 @@ from tokenizers import AddedToken, Tokenizer, models
 
 from lacy.schemas import files
 from lacy.schemas.codes import LEARN
+from lacy.schemas.errors import DatasetError
 from lacy.schemas.files import sha256, write_atomic
-from lacy.schemas.manifest import DatasetError, LabelSet, label_sets, labels_path, load, read_manifest, save
+from lacy.schemas.manifest import LabelSet, label_sets, labels_path, load, read_manifest, save
 from lacy.schemas.parts import LABELS, select, to_parquet
 from lacy.trainer import data, shards
 from tests.trainer import datasets

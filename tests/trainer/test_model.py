@@ -10,8 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GraniteConfig, LlamaConfig
 
+from lacy.schemas.errors import TrainingError
 from lacy.trainer import model, shards
-from lacy.trainer.config import TrainConfig, TrainingError
+from lacy.trainer.config import TrainConfig
 from lacy.trainer.model import PRESETS, build
 from lacy.trainer.train import train
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lacy.schemas.manifest import DatasetError
-from lacy.trainer.config import TrainConfig, TrainingError
+from lacy.schemas.errors import DatasetError, TrainingError
+from lacy.trainer.config import TrainConfig
 from lacy.trainer.train import train
 from tests.trainer import runs
 from tests.trainer.datasets import make
