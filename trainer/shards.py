@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lacy.schemas.codes import LABELS as LABEL_NAMES
@@ -20,6 +21,7 @@ from lacy.schemas.manifest import LabelRecord, LabelSet, Manifest, at, label_set
 from lacy.schemas.parts import LABELS
 
 DEFAULT_LABELS: Final = "lacy"
+HELD_OUT: Final = 2  # documents; `lacy eval delegation` needs as many
 
 # What stands at an end token.
 COLUMNS: Final = {
@@ -183,12 +185,41 @@ def _column(name: str) -> str:
 
 
 def is_held(file: pq.ParquetFile, holdout: float) -> np.ndarray:
-    """(rows,) bool. A document is held out by its id alone, whatever the seed, its part and the other documents."""
+    """(rows,) bool: which documents are held out. Only its id decides, not the seed, the part or other documents."""
+    return _hashes(file) < holdout * 2.0**64
+
+
+def enough_held_out(labels: Labels, holdout: float) -> tuple[float, int]:
+    """A share of the documents that holds some out of a small dataset too, and how many, counted up to HELD_OUT.
+
+    It is `holdout` where that is 0 or holds out a document with tokens. Otherwise it is the least share that holds out
+    HELD_OUT documents, or half of them where there are fewer than twice as many. Raises DatasetError for a damaged
+    part.
+    """
+    count, lowest = 0, np.zeros(0, np.uint64)
+    if not holdout:
+        return 0.0, 0
+    for record in labels.records:
+        with opened(labels, record) as file:
+            filled = pc.greater(pc.list_value_length(_lists(file, ["ids"])["ids"]), 0).to_numpy(zero_copy_only=False)
+            hashes = _hashes(file)[filled]
+        count += int((hashes < holdout * 2.0**64).sum())
+        if count >= HELD_OUT:
+            return holdout, HELD_OUT
+        lowest = np.sort(np.concatenate([lowest, hashes]))[: 2 * HELD_OUT]
+    if count:
+        return holdout, count
+    count = min(HELD_OUT, len(lowest) // 2)
+    return (float(np.nextafter(lowest[count - 1] / 2.0**64, 1)) if count else holdout), count
+
+
+def _hashes(file: pq.ParquetFile) -> np.ndarray:
+    """(rows,) uint64, of the documents' ids."""
     if "doc_id" not in file.schema_arrow.names:
         raise _PartError("it has no column doc_id")
     ids = file.read(["doc_id"], use_threads=False)["doc_id"].to_pylist()
     digests = b"".join(blake2b(name.encode(), digest_size=8).digest() for name in ids)
-    return np.frombuffer(digests, ">u8") < holdout * 2.0**64
+    return np.frombuffer(digests, ">u8")
 
 
 def _is_void(file: pq.ParquetFile, name: str) -> bool:
