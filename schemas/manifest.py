@@ -16,6 +16,7 @@ hold Parquet files alone, beside names that begin with "_" or ".": pandas, Arrow
 
 import json
 import os
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
@@ -27,6 +28,7 @@ from lacy.schemas.files import folders, read_bytes, sha256, store_of, write_atom
 from lacy.schemas.parts import SCHEMA_VERSION
 
 RECORDS = ".parts"
+DEFAULT_LABELS = "lacy"
 POLICY = "_policy.json"
 LABEL_SET_NAME = r"[A-Za-z0-9][\w.-]*"
 OLD_POLICY = "policy.json"  # its name in older datasets
@@ -207,3 +209,16 @@ def read_label_set(dataset: Path, name: str) -> LabelSet:
         return load(path, LabelSet)
     except FileNotFoundError:
         return load(path.with_name(OLD_POLICY), LabelSet)
+
+
+def pick_labels(dataset: object, sets: Collection[str], asked: str | None) -> str | None:
+    """The name of the label set to use: `asked`, or DEFAULT_LABELS where there is one, or the first; None without any.
+
+    Raises DatasetError, which names `dataset`, when there is no label set `asked`.
+    """
+    if asked is None:
+        return DEFAULT_LABELS if DEFAULT_LABELS in sets else next(iter(sets), None)
+    if asked not in sets:
+        others = f"it has {', '.join(sets)}; lacy decide makes others" if sets else "lacy decide makes one"
+        raise DatasetError(f"{dataset} has no label set {asked!r}: {others}")
+    return asked

@@ -17,10 +17,18 @@ from lacy.schemas.codes import LABELS as LABEL_NAMES
 from lacy.schemas.codes import LEARN
 from lacy.schemas.errors import DatasetError
 from lacy.schemas.files import read_bytes, sha256
-from lacy.schemas.manifest import LabelRecord, LabelSet, Manifest, at, label_sets, labels_path, read_complete
+from lacy.schemas.manifest import (
+    LabelRecord,
+    LabelSet,
+    Manifest,
+    at,
+    label_sets,
+    labels_path,
+    pick_labels,
+    read_complete,
+)
 from lacy.schemas.parts import LABELS
 
-DEFAULT_LABELS: Final = "lacy"
 HELD_OUT: Final = 2  # documents; `lacy eval delegation` needs as many
 
 # What stands at an end token.
@@ -68,14 +76,17 @@ class Documents:
 
 
 def open_labels(dataset: str, labels: str | None) -> Labels:
-    """The label set `labels` of a folder or URL; None takes DEFAULT_LABELS where there is one, else the first by name.
+    """The label set `labels` of a folder or URL; None takes lacy where there is one, else the first by name.
 
     Raises DatasetError when there is none, when it does not cover the dataset, or when the dataset's tokenizer is not
     the one that it was labelled with or lacks <CALL> or an end token.
     """
     root = at(dataset) if "://" in dataset else Path(dataset).absolute()
     manifest = read_complete(root)
-    found = _pick(dataset, label_sets(root), labels)
+    sets = label_sets(root)
+    if not sets:
+        raise DatasetError(f"{dataset} has no labels: lacy decide makes them")
+    found = sets[pick_labels(dataset, sets, labels) or ""]
     _covers(dataset, manifest, found)
     records = tuple(record for record in found.parts if record.rows)
     content, settings, eos_token = _tokenizer_files(root, manifest)
@@ -231,16 +242,6 @@ def runs(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """The places of runs of tokens, one after the other: int64 (sum of lengths,)."""
     ends = np.cumsum(lengths)
     return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - lengths), lengths)
-
-
-def _pick(dataset: str, sets: dict[str, LabelSet], asked: str | None) -> LabelSet:
-    if not sets:
-        raise DatasetError(f"{dataset} has no labels: lacy decide makes them")
-    if asked is None:
-        asked = DEFAULT_LABELS if DEFAULT_LABELS in sets else next(iter(sets))
-    if asked not in sets:
-        raise DatasetError(f"{dataset} has no label set {asked!r}: it has {', '.join(sets)}; lacy decide makes others")
-    return sets[asked]
 
 
 def _covers(dataset: str, manifest: Manifest, labels: LabelSet) -> None:
