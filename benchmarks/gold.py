@@ -45,7 +45,7 @@ def measure(dataset: Path, gold: dict[str, dict]) -> dict:
     """Shares over the tokens that count; `flagged_all` over all tokens."""
     chosen: dict[str, list[np.ndarray]] = {}
     parts = [record.name for record in read_complete(dataset).parts if record.rows]
-    names = sorted(path.parent.name for path in (dataset / "labels").glob("*/policy.json"))
+    names = sorted(path.parent.name for path in (dataset / "labels").glob("*/_policy.json"))
     columns: dict[str, list[np.ndarray]] = {name: [] for name in ("factual", "gold", "hard", "all")}
     for part in parts:
         signals = pq.read_table(signals_path(dataset, part)).to_pylist()

@@ -137,7 +137,7 @@ def generate(folder: Path, tokens: float) -> None:
             share=chosen / total,
             parts=decided,
         )
-        manifest.save(folder / "labels" / labels / "policy.json", made)
+        manifest.save(folder / "labels" / labels / "_policy.json", made)
     whole = Manifest(
         state="complete",
         corpus=[],

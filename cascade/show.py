@@ -7,7 +7,6 @@ visible mark; line ends and tabs stay. JSONL holds the text as it is, with these
 import math
 from collections.abc import Iterable
 from functools import partial
-from pathlib import Path
 from typing import Final, TextIO
 
 import numpy as np
@@ -15,7 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from lacy.cascade.generate import Author, Finish, Generation, Piece, Token
-from lacy.schemas.errors import CascadeError
+from lacy.schemas.pages import template
 from lacy.schemas.printable import BIDI, printable
 
 PROMPT: Final = "dim"
@@ -112,19 +111,10 @@ def html(generations: Iterable[Generation], title: str) -> str:
     """A page that needs nothing else and runs no script: the costs, then each text with its tokens by author.
 
     A token's scores are in its title. The background of the small model's tokens says how the call score ranks among
-    those of the same text. Raises CascadeError without jinja2.
+    those of the same text.
     """
-    try:
-        import jinja2
-    except ImportError:
-        raise CascadeError("the page needs jinja2: pip install 'lacy[eval]'") from None
     texts = sorted(generations, key=lambda generation: generation.index)
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["printable"] = _printable
-    template = environment.from_string(Path(__file__).with_name("generations.html").read_text(encoding="utf-8"))
-    return template.render(
+    return template("lacy.cascade", "generations.html", printable=_printable).render(
         title=title,
         texts=[
             {"of": generation, "tokens": _ranked(generation), "finish": _FINISHES[generation.finish]}

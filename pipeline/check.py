@@ -274,6 +274,6 @@ def _labels(parts: Sequence[tuple[LabelRecord, pa.Table, pa.Table]]) -> Iterator
     for (entry, *_), (start, end) in zip(parts, bounds(offsets, tables), strict=True):
         counts = (delegated[end] - delegated[start], ignored[end] - ignored[start])
         if counts != (entry.delegated, entry.ignored):
-            yield "counts of labels differ from policy.json"
+            yield "counts of labels differ from _policy.json"
     if (label[offsets[:-1][np.diff(offsets) > 0]] != codes.LEARN).any():
         yield "the first token of a document is not to be learnt"

@@ -27,23 +27,28 @@ from lacy.pipeline.runners import local, submit
 from lacy.pipeline.runners.heartbeat import Counts as Progress
 from lacy.pipeline.runners.heartbeat import Heartbeat
 from lacy.pipeline.runners.packed import listed
+from lacy.schemas.card import write_card
 from lacy.schemas.codes import DELEGATE, IGNORE
 from lacy.schemas.errors import DatasetError
 from lacy.schemas.files import read_many, remove, remove_temporary, remove_tree, sha256, sizes, write_atomic
 from lacy.schemas.manifest import (
+    LABEL_SET_NAME,
+    OLD_POLICY,
+    POLICY,
+    RECORDS,
     LabelRecord,
     LabelSet,
     Manifest,
     at,
     labels_path,
-    load,
+    policy_path,
     read_complete,
+    read_label_set,
     save,
     signals_path,
 )
 from lacy.schemas.parts import LABELS, select, to_parquet
 
-POLICY, RECORDS = "policy.json", ".parts"
 WRITERS = 16  # threads that encode and write the parts of a batch
 Counts = npt.NDArray[np.int64]
 _RECORDS = TypeAdapter(list[LabelRecord])
@@ -90,15 +95,16 @@ def decide(
     have = {role: role in manifest.models for role in ("reference", "student", "judge")}
     policies.require(policy, action, **have)
     name = name or policy
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
+    if not re.fullmatch(LABEL_SET_NAME, name):
         raise policies.PolicyError(f"{name!r} cannot name a label set: use letters, digits, '.', '_' and '-'")
     budgeted = policies.POLICIES[policy].budgeted
     elsewhere = submit.elsewhere(beam_options)
     place = at(submit.absolute(str(dataset))) if elsewhere else dataset
     decision = Decision(place, name, policy, budget if budgeted else None, action, seed, manifest.tokens)
     planned = [[record.name for record in batch] for batch in batches([r for r in manifest.parts if r.rows])]
-    # Readers know a label set by its policy.json: it goes first, and comes last.
-    remove(decision.folder / POLICY)
+    # Readers know a label set by its _policy.json: it is removed first and written last.
+    for record in (POLICY, OLD_POLICY):
+        remove(decision.folder / record)
     remove_tree(decision.folder / RECORDS)
     remove_temporary(decision.folder)
 
@@ -135,7 +141,8 @@ def decide(
         threshold=min((record.lowest for record in records if record.lowest is not None), default=None),
         parts=records,
     )
-    save(decision.folder / POLICY, labels)
+    save(policy_path(dataset, name), labels)
+    write_card(dataset, manifest)
     return labels
 
 
@@ -146,7 +153,7 @@ def decided(
     folder = dataset / "labels" / policy
     measured = _extent(read_complete(dataset))
     try:
-        found = load(folder / POLICY, LabelSet)
+        found = read_label_set(dataset, policy)
     except (FileNotFoundError, DatasetError):
         return None
     asked = (policy, budget if policies.POLICIES[policy].budgeted else None, action, seed)

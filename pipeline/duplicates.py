@@ -11,9 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lacy.pipeline.corpus.remote import RemoteFile
 from lacy.schemas.files import is_remote
 from lacy.schemas.manifest import signals_path
+from lacy.schemas.remote import RemoteFile
 
 READERS, LOCAL_READERS = 32, 2  # parts of a store, of a folder, that are read at a time
 TOGETHER = 1024  # parts whose ids are handed on together

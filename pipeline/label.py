@@ -31,6 +31,7 @@ from lacy.pipeline.runners import local, submit
 from lacy.pipeline.runners.heartbeat import Counts, Heartbeat, PartCost
 from lacy.pipeline.runners.presets import Cluster
 from lacy.pipeline.write import admit, write_part
+from lacy.schemas.card import write_card
 from lacy.schemas.errors import CorpusError, DatasetError
 from lacy.schemas.files import folders, is_remote, read_bytes, read_many, remove, remove_temporary, remove_tree, sizes
 from lacy.schemas.manifest import (
@@ -458,6 +459,7 @@ def finish(dataset: Path, max_bad: float) -> Manifest:
             f"{max_bad:g}: see {dataset / 'deadletter'}, then run again with a higher --max-bad"
         )
     save(dataset / "manifest.json", complete)
+    write_card(dataset, complete)
     _clear(dataset)
     return complete
 

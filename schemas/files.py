@@ -90,7 +90,7 @@ def read_bytes(path: Path) -> bytes:
             raise FileNotFoundError(f"{path.parent} is no folder") from None
         except PermissionError as error:
             raise DatasetError(f"{path} cannot be read: {error.strerror}") from None
-    store, name = _located(path)
+    store, name = located(path)
     once = {"max_concurrency": 1} if _kind(store) == "s3" else {}  # in pieces, it could be of two versions of the file
     return patiently(lambda: store.cat_file(name, **once), path)
 
@@ -128,7 +128,7 @@ def folders(folder: Path) -> list[str]:
         with suppress(FileNotFoundError), os.scandir(folder) as children:
             return sorted(child.name for child in children if child.is_dir())
         return []
-    store, name = _located(folder)
+    store, name = located(folder)
     entries = patiently(lambda: listing(store, name, store.ls), folder)
     return sorted(entry["name"] for entry in entries if entry["type"] == "directory")
 
@@ -138,7 +138,7 @@ def remove(path: Path) -> None:
     if not is_remote(path):
         path.unlink(missing_ok=True)
         return
-    store, name = _located(path)
+    store, name = located(path)
     with suppress(FileNotFoundError):
         patiently(lambda: store.rm_file(name), path)
 
@@ -148,7 +148,7 @@ def remove_tree(folder: Path) -> None:
     if not is_remote(folder):
         shutil.rmtree(folder, ignore_errors=True)
         return
-    store, name = _located(folder)
+    store, name = located(folder)
 
     def remove_all() -> None:
         if left := listing(store, name, store.find):
@@ -185,6 +185,11 @@ def store_of(url: str) -> tuple[Any, str]:
     except ValueError:
         raise DatasetError(f"{url}: there is no such kind of URL; use s3://, gs:// or a folder") from None
     return store, store._strip_protocol(url)
+
+
+def located(path: str | Path) -> tuple[Any, str]:
+    """The store that a URL or a UPath leads to, and the name of the object there. Raises as `store_of`."""
+    return store_of(path) if isinstance(path, str) else (path.fs, path.path)  # type: ignore[attr-defined]
 
 
 def sha256(data: bytes | memoryview) -> str:
@@ -244,7 +249,7 @@ def _files(folder: Path, pattern: str) -> list[tuple[str, int, float]]:
     """Name, bytes and time of each file in a folder, sorted."""
     found: list[tuple[str, int, float]] = []
     if is_remote(folder):
-        store, name = _located(folder)
+        store, name = located(folder)
         prefix = re.split(r"[*?[]", pattern)[0] if _kind(store) in CREDENTIALS else ""
         flat = partial(store.find, prefix=prefix) if prefix else store.ls  # there is no folder in these folders
         entries = patiently(lambda: listing(store, name, flat), folder)
@@ -277,7 +282,7 @@ def _link(temporary: Path, path: Path) -> None:
 
 
 def _put(path: Path, data: bytes, create: bool) -> None:
-    store, name = _located(path)
+    store, name = located(path)
     mode = "create" if create else "overwrite"
     try:
         # More than the data in one piece: the stores' libraries make one request of it then.
@@ -293,10 +298,6 @@ def _put(path: Path, data: bytes, create: bool) -> None:
 
 def _whole(store: Any, data: bytes) -> dict[str, int]:
     return {"chunksize": len(data) + 1} if _kind(store) in CREDENTIALS else {}
-
-
-def _located(path: Any) -> tuple[Any, str]:
-    return path.fs, path.path
 
 
 def _kind(store: Any) -> str:

@@ -4,16 +4,19 @@
       manifest.json                 written when a run starts, again when it ends
       signals/part-*.parquet        what was measured
       labels/<name>/part-*.parquet  what a policy decided
-      labels/<name>/policy.json     the policy, its threshold, its parts
+      labels/<name>/_policy.json    the policy, its threshold, its parts
+      README.md                     a dataset card (`schemas.card`)
       deadletter/part-*.jsonl       documents that could not be labelled, and why
       tokenizer/                    the target tokenizer with <CALL>
       .parts/part-*.json            records of finished parts while the run goes on; folded into the manifest at its end
 
-A part exists when its record does: the record is written after the file, and holds the file's digest.
+A part exists when its record does: the record is written after the file, and holds the file's digest. Folders of parts
+hold Parquet files alone, beside names that begin with "_" or ".": pandas, Arrow, Spark and DuckDB skip those.
 """
 
 import json
 import os
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
@@ -25,6 +28,10 @@ from lacy.schemas.files import folders, read_bytes, sha256, store_of, write_atom
 from lacy.schemas.parts import SCHEMA_VERSION
 
 RECORDS = ".parts"
+DEFAULT_LABELS = "lacy"
+POLICY = "_policy.json"
+LABEL_SET_NAME = r"[A-Za-z0-9][\w.-]*"
+OLD_POLICY = "policy.json"  # its name in older datasets
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -102,7 +109,7 @@ class LabelRecord(_Model):
 
 
 class LabelSet(_Model):
-    """labels/<name>/policy.json"""
+    """labels/<name>/_policy.json"""
 
     name: str
     policy: str
@@ -127,6 +134,10 @@ def labels_path(dataset: Path, labels: str, part: str) -> Path:
 
 def deadletter_path(dataset: Path, part: str) -> Path:
     return dataset / "deadletter" / f"{part}.jsonl"
+
+
+def policy_path(dataset: Path, labels: str) -> Path:
+    return dataset / "labels" / labels / POLICY
 
 
 def record_path(dataset: Path, part: str) -> Path:
@@ -187,5 +198,27 @@ def label_sets(dataset: Path) -> dict[str, LabelSet]:
     found = {}
     for name in folders(dataset / "labels"):
         with suppress(FileNotFoundError):  # one that is being written
-            found[name] = load(dataset / "labels" / name / "policy.json", LabelSet)
+            found[name] = read_label_set(dataset, name)
     return found
+
+
+def read_label_set(dataset: Path, name: str) -> LabelSet:
+    """A finished label set. Raises FileNotFoundError when there is none, DatasetError when its record is damaged."""
+    path = policy_path(dataset, name)
+    try:
+        return load(path, LabelSet)
+    except FileNotFoundError:
+        return load(path.with_name(OLD_POLICY), LabelSet)
+
+
+def pick_labels(dataset: object, sets: Collection[str], asked: str | None) -> str | None:
+    """The name of the label set to use: `asked`, or DEFAULT_LABELS where there is one, or the first; None without any.
+
+    Raises DatasetError, which names `dataset`, when there is no label set `asked`.
+    """
+    if asked is None:
+        return DEFAULT_LABELS if DEFAULT_LABELS in sets else next(iter(sets), None)
+    if asked not in sets:
+        others = f"it has {', '.join(sets)}; lacy decide makes others" if sets else "lacy decide makes one"
+        raise DatasetError(f"{dataset} has no label set {asked!r}: {others}")
+    return asked

@@ -1,14 +1,25 @@
 """The Parquet files of a dataset: Arrow schemas, and one way to write them.
 
-One row is one document; a list has one entry per token of the document.
+One row is one document; a list has one entry per token of the document. The code table of a column is stored as a JSON
+list in the metadata of its field, for readers of Arrow, and in that of the file as `codes.<column>`, for all others.
 """
 
+import json
 from collections.abc import Sequence
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lacy.schemas import codes
+
 SCHEMA_VERSION = 1
+CODES = b"codes"  # key of a field's metadata that holds its code table
+
+
+def _coded(name: str, of: pa.DataType, table: Sequence[str]) -> pa.Field:
+    """A column of one code for each token; the code is an index into `table`."""
+    return pa.field(name, pa.list_(of), nullable=False, metadata={CODES: json.dumps(table)})
+
 
 SIGNALS = pa.schema(
     [
@@ -19,8 +30,8 @@ SIGNALS = pa.schema(
         pa.field("token_starts", pa.list_(pa.int32()), nullable=False),  # characters of text, half open
         pa.field("token_ends", pa.list_(pa.int32()), nullable=False),
         pa.field("factual", pa.list_(pa.bool_()), nullable=False),
-        pa.field("pos", pa.list_(pa.uint8()), nullable=False),  # lacy.schemas.codes.POS
-        pa.field("ent_type", pa.list_(pa.uint8()), nullable=False),  # lacy.schemas.codes.ENT_TYPES
+        _coded("pos", pa.uint8(), codes.POS),
+        _coded("ent_type", pa.uint8(), codes.ENT_TYPES),
         pa.field("ref_nll", pa.list_(pa.float32()), nullable=False),  # nats; null where there is no score
         pa.field("ref_correct", pa.list_(pa.bool_())),  # the reference's most likely token is this one
         pa.field("student_nll", pa.list_(pa.float32())),
@@ -31,7 +42,7 @@ LABELS = pa.schema(
     [
         SIGNALS.field("doc_id"),
         SIGNALS.field("token_ids"),
-        pa.field("label", pa.list_(pa.int8()), nullable=False),  # lacy.schemas.codes.LEARN, DELEGATE, IGNORE
+        _coded("label", pa.int8(), codes.LABELS),
         SIGNALS.field("factual"),
         SIGNALS.field("ref_nll"),
         SIGNALS.field("student_nll"),
@@ -59,6 +70,8 @@ def select(schema: pa.Schema, present: Sequence[str]) -> pa.Schema:
 def to_parquet(table: pa.Table) -> pa.Buffer:
     """The bytes of one part file. The same table gives the same bytes."""
     schema = table.schema
+    tables = {field.name: field.metadata[CODES] for field in schema if CODES in (field.metadata or {})}
+    table = table.replace_schema_metadata({f"codes.{name}": content for name, content in tables.items()})
 
     def path(name: str) -> str:
         return f"{name}.list.element" if pa.types.is_list(schema.field(name).type) else name

@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 
 from lacy.schemas.codes import DELEGATE, ENT_TYPES, IGNORE, LABELS, LEARN, POS
 from lacy.schemas.errors import DatasetError, SqlError
-from lacy.schemas.manifest import LabelSet, at, label_sets, read_complete
+from lacy.schemas.manifest import LabelSet, at, label_sets, pick_labels, read_complete
 from lacy.schemas.views import document_lists
 from lacy.stats.connect import connect, one_line, require_reading
 from lacy.stats.figures import (
@@ -43,7 +43,6 @@ from lacy.stats.words import count_words
 Row = dict[str, Any]
 Subset = tuple[bool, ...]  # factual tokens, others, or both
 
-DEFAULT_LABELS: Final = "lacy"
 POSITIONS: Final = (0, 1, 16, 64, 256, 1024, 4096)  # where a range of positions in the document begins
 LENGTHS: Final = (1, 64, 256, 1024, 4096, 16384)  # tokens of a document
 WORDS: Final = 10  # of each kind
@@ -129,16 +128,6 @@ def compute(
         kept_at_least=at_least,
         notes=_notes(has_text, bool(quantiles[True] or quantiles[False]) or not counts.tokens, len(groups)),
     )
-
-
-def pick_labels(dataset: Path, sets: Mapping[str, LabelSet], asked: str | None) -> str | None:
-    """The name of the label set to look at, None when there is none. Raises DatasetError for one that is not there."""
-    if asked is not None and asked not in sets:
-        there = f"it has {', '.join(sets)}" if sets else "lacy decide makes one"
-        raise DatasetError(f"{dataset} has no label set {asked!r}: {there}")
-    if asked is None:
-        return DEFAULT_LABELS if DEFAULT_LABELS in sets else next(iter(sets), None)
-    return asked
 
 
 # The tokens that the user asks for, through the views

@@ -14,7 +14,7 @@ from typing import Any
 
 from fsspec import AbstractFileSystem
 
-from lacy.schemas.files import patiently
+from lacy.schemas.remote import RemoteFile
 from lacy.schemas.views import PREFIX
 
 _UNCHANGED = datetime(2000, 1, 1, tzinfo=UTC)
@@ -56,8 +56,7 @@ class DatasetFiles(AbstractFileSystem):
             raise PermissionError(f"{path} cannot be written: a dataset is only read here")
         size = self._size(path)
         if not self._local:
-            file = self._dataset / path.removeprefix(PREFIX)
-            return _Ranges(file, size)
+            return RemoteFile(self._dataset / path.removeprefix(PREFIX), size=size)  # one request for each read
         return io.FileIO(self._open_local(f"{self._dataset}/{path.removeprefix(PREFIX)}", size))
 
     def _open_local(self, path: str, size: int) -> int:
@@ -78,32 +77,3 @@ class DatasetFiles(AbstractFileSystem):
             return self._files[path.removeprefix(PREFIX)]
         except KeyError:
             raise FileNotFoundError(f"{path} is no file of the dataset") from None
-
-
-class _Ranges(io.RawIOBase):
-    """An object of a store: what is asked for is one request, and nothing is read ahead."""
-
-    def __init__(self, file: Any, size: int):
-        self._file, self._size, self._place = file, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._place
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._place = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._size}[whence]
-        return self._place
-
-    def read(self, size: int = -1) -> bytes:
-        end = self._size if size < 0 else min(self._place + size, self._size)
-        if end <= self._place:
-            return b""
-        store, name = self._file.fs, self._file.path
-        data = patiently(lambda: store.cat_file(name, start=self._place, end=end), self._file)
-        self._place += len(data)
-        return data

@@ -14,23 +14,23 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any, Final
 
-import jinja2
 import markupsafe
 
 from lacy.schemas.codes import ENT_TYPES, LABELS, POS
 from lacy.schemas.errors import DatasetError
 from lacy.schemas.files import write_atomic
 from lacy.schemas.manifest import Manifest, at, label_sets, read_complete
+from lacy.schemas.pages import source, template
 from lacy.schemas.printable import printable
 from lacy.stats import excerpts
 from lacy.stats.answers import require_place
 from lacy.stats.compute import compute
 from lacy.stats.figures import BIN_WIDTH, BINS, QUANTILES, Agreement, Losses, Stats
 
+_PACKAGE: Final = "lacy.stats"
 DOCUMENTS: Final = 50
 BY_LOSS: Final = ("lacy", "loss")  # policies whose scores are losses
 TOKENS: Final = 8_000  # of a document
@@ -118,15 +118,11 @@ def _pack(content: Any) -> str:
 
 def page(figures: Stats, manifest: Manifest, data: Data, *, spread: bool) -> str:
     """The page. `spread` says that the documents were chosen, not asked for."""
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"printable": printable, "share": _share, "number": _number}
-    style, script = _source("report.css"), _source("report.js")
-    template = environment.from_string(_source("report.html"))
+    style, script = source(_PACKAGE, "report.css"), source(_PACKAGE, "report.js")
+    filled = template(_PACKAGE, "report.html", printable=printable, share=_share, number=_number)
     student = "student" in manifest.models  # policies by loss take its losses then
     mine = next((found for found in figures.label_sets if found.name == figures.labels), None)
-    return template.render(
+    return filled.render(
         stats=figures,
         mine=mine,
         name=printable(Path(figures.dataset).resolve().name),
@@ -144,10 +140,6 @@ def page(figures: Stats, manifest: Manifest, data: Data, *, spread: bool) -> str
         script=markupsafe.Markup(script),
         script_hash=_hash(script),
     )
-
-
-def _source(name: str) -> str:
-    return resources.files("stats").joinpath(name).read_text(encoding="utf-8")
 
 
 def _hash(source: str) -> str:

@@ -20,9 +20,8 @@ from rich.text import Text
 
 from lacy.schemas.codes import DELEGATE, IGNORE, LABELS, LEARN
 from lacy.schemas.errors import DatasetError, UsageError
-from lacy.schemas.manifest import at, label_sets, read_complete
+from lacy.schemas.manifest import at, label_sets, pick_labels, read_complete
 from lacy.schemas.printable import printable
-from lacy.stats.compute import pick_labels
 from lacy.stats.connect import connect, one_line
 
 Color = Literal["label", "loss"]

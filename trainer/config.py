@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from lacy.schemas.errors import TrainingError
 from lacy.schemas.files import write_atomic
 from lacy.trainer import objectives
+from lacy.trainer.paths import dataset_of
 
 
 class TrainConfig(BaseModel):
@@ -124,7 +125,7 @@ def load(flags: dict[str, Any], file: Path | None, resume: bool) -> TrainConfig:
     if not resume:
         raise TrainingError(f"{out} holds a run: go on with it by --resume, or name a new folder with --out")
     before = _read(record)
-    config = TrainConfig(**(before | given))
+    config = TrainConfig(**(before | dataset_of(before, record.parent) | given))
     old = TrainConfig(**before)
     for name in TrainConfig.model_fields:
         if name not in FREE and getattr(config, name) != getattr(old, name):

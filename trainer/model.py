@@ -137,6 +137,11 @@ def context(config: TrainConfig) -> int:
     return min(1024, getattr(settings, "max_position_embeddings", 1024))
 
 
+def is_there(name: str) -> bool:
+    """Whether `name` is a preset or a model folder."""
+    return name in PRESETS or (Path(name) / "config.json").is_file()
+
+
 def learning_rate(config: TrainConfig) -> float:
     return config.lr or (PRESETS[config.model].lr if config.model in PRESETS else 3e-4)
 
@@ -193,7 +198,7 @@ def _preset(preset: Preset, context: int | None, dropout: float, labels: Labels)
 
 
 def _settings(folder: str) -> PreTrainedConfig:
-    if not (Path(folder) / "config.json").is_file():
+    if not is_there(folder):
         raise TrainingError(
             f"--model {folder} is neither a preset ({', '.join(PRESETS)}) nor a folder with config.json"
         )

@@ -10,16 +10,26 @@ from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lacy.schemas.codes import LABELS as LABEL_NAMES
 from lacy.schemas.codes import LEARN
 from lacy.schemas.errors import DatasetError
 from lacy.schemas.files import read_bytes, sha256
-from lacy.schemas.manifest import LabelRecord, LabelSet, Manifest, at, label_sets, labels_path, read_complete
+from lacy.schemas.manifest import (
+    LabelRecord,
+    LabelSet,
+    Manifest,
+    at,
+    label_sets,
+    labels_path,
+    pick_labels,
+    read_complete,
+)
 from lacy.schemas.parts import LABELS
 
-DEFAULT_LABELS: Final = "lacy"
+HELD_OUT: Final = 2  # documents; `lacy eval delegation` needs as many
 
 # What stands at an end token.
 COLUMNS: Final = {
@@ -66,14 +76,17 @@ class Documents:
 
 
 def open_labels(dataset: str, labels: str | None) -> Labels:
-    """The label set `labels` of a folder or URL; None takes DEFAULT_LABELS where there is one, else the first by name.
+    """The label set `labels` of a folder or URL; None takes lacy where there is one, else the first by name.
 
     Raises DatasetError when there is none, when it does not cover the dataset, or when the dataset's tokenizer is not
     the one that it was labelled with or lacks <CALL> or an end token.
     """
     root = at(dataset) if "://" in dataset else Path(dataset).absolute()
     manifest = read_complete(root)
-    found = _pick(dataset, label_sets(root), labels)
+    sets = label_sets(root)
+    if not sets:
+        raise DatasetError(f"{dataset} has no labels: lacy decide makes them")
+    found = sets[pick_labels(dataset, sets, labels) or ""]
     _covers(dataset, manifest, found)
     records = tuple(record for record in found.parts if record.rows)
     content, settings, eos_token = _tokenizer_files(root, manifest)
@@ -183,12 +196,41 @@ def _column(name: str) -> str:
 
 
 def is_held(file: pq.ParquetFile, holdout: float) -> np.ndarray:
-    """(rows,) bool. A document is held out by its id alone, whatever the seed, its part and the other documents."""
+    """(rows,) bool: which documents are held out. Only its id decides, not the seed, the part or other documents."""
+    return _hashes(file) < holdout * 2.0**64
+
+
+def enough_held_out(labels: Labels, holdout: float) -> tuple[float, int]:
+    """A share of the documents that holds some out of a small dataset too, and how many, counted up to HELD_OUT.
+
+    It is `holdout` where that is 0 or holds out a document with tokens. Otherwise it is the least share that holds out
+    HELD_OUT documents, or half of them where there are fewer than twice as many. Raises DatasetError for a damaged
+    part.
+    """
+    count, lowest = 0, np.zeros(0, np.uint64)
+    if not holdout:
+        return 0.0, 0
+    for record in labels.records:
+        with opened(labels, record) as file:
+            filled = pc.greater(pc.list_value_length(_lists(file, ["ids"])["ids"]), 0).to_numpy(zero_copy_only=False)
+            hashes = _hashes(file)[filled]
+        count += int((hashes < holdout * 2.0**64).sum())
+        if count >= HELD_OUT:
+            return holdout, HELD_OUT
+        lowest = np.sort(np.concatenate([lowest, hashes]))[: 2 * HELD_OUT]
+    if count:
+        return holdout, count
+    count = min(HELD_OUT, len(lowest) // 2)
+    return (float(np.nextafter(lowest[count - 1] / 2.0**64, 1)) if count else holdout), count
+
+
+def _hashes(file: pq.ParquetFile) -> np.ndarray:
+    """(rows,) uint64, of the documents' ids."""
     if "doc_id" not in file.schema_arrow.names:
         raise _PartError("it has no column doc_id")
     ids = file.read(["doc_id"], use_threads=False)["doc_id"].to_pylist()
     digests = b"".join(blake2b(name.encode(), digest_size=8).digest() for name in ids)
-    return np.frombuffer(digests, ">u8") < holdout * 2.0**64
+    return np.frombuffer(digests, ">u8")
 
 
 def _is_void(file: pq.ParquetFile, name: str) -> bool:
@@ -200,16 +242,6 @@ def runs(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """The places of runs of tokens, one after the other: int64 (sum of lengths,)."""
     ends = np.cumsum(lengths)
     return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - lengths), lengths)
-
-
-def _pick(dataset: str, sets: dict[str, LabelSet], asked: str | None) -> LabelSet:
-    if not sets:
-        raise DatasetError(f"{dataset} has no labels: lacy decide makes them")
-    if asked is None:
-        asked = DEFAULT_LABELS if DEFAULT_LABELS in sets else next(iter(sets))
-    if asked not in sets:
-        raise DatasetError(f"{dataset} has no label set {asked!r}: it has {', '.join(sets)}; lacy decide makes others")
-    return sets[asked]
 
 
 def _covers(dataset: str, manifest: Manifest, labels: LabelSet) -> None:

@@ -33,6 +33,7 @@ from lacy.trainer.checkpoint import Progress
 from lacy.trainer.config import TrainConfig
 from lacy.trainer.logs import Log
 from lacy.trainer.objectives import Objective
+from lacy.trainer.paths import absolute
 from lacy.trainer.ranks import Ranks, join
 from lacy.trainer.shards import Labels
 
@@ -68,6 +69,8 @@ class Run:
     ranks: Ranks
     labels: Labels
     objective: Objective
+    holdout: float  # share of the documents; see `shards.enough_held_out`
+    held_out: int  # documents, counted up to two
     context: int
     network: PreTrainedModel
     learner: nn.Module  # the network and its head, wrapped for several ranks
@@ -114,7 +117,8 @@ def train(config: TrainConfig, tell: Tell | None = None) -> Outcome:
 
 
 def _prepare(config: TrainConfig, ranks: Ranks) -> Run:
-    labels = shards.open_labels(config.dataset, config.labels)
+    labels = _open_labels(config)
+    holdout, held_out = shards.enough_held_out(labels, config.holdout)
     if config.precision == "tf32":
         torch.set_float32_matmul_precision("high")
     if ranks.device.type == "cpu" or config.deterministic:
@@ -122,12 +126,15 @@ def _prepare(config: TrainConfig, ranks: Ranks) -> Run:
         torch.use_deterministic_algorithms(True)
         # Else every new buffer is filled first, and nothing here reads one before it is written.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    network = model.build(config, labels)
+    begun = config  # with a model that is there
+    if not model.is_there(config.model) and (saved := checkpoint.newest(config.out)):
+        begun = config.model_copy(update={"model": str(saved)})
+    network = model.build(begun, labels)
     torch.manual_seed(config.seed + ranks.rank)  # of dropout
-    context = model.context(config)
+    context = model.context(begun)
     limits = [config.max_steps] if config.max_steps else []
     if config.epochs or not (config.max_steps or config.gt_tokens):
-        tokens = (config.epochs or 1) * (1 - config.holdout) * labels.tokens  # end tokens left out
+        tokens = (config.epochs or 1) * (1 - holdout) * labels.tokens  # end tokens left out
         limits.append(math.ceil(tokens / (config.accumulate * config.batch * context * ranks.count)))
     learner = model.place(network, labels.call_id, config, ranks)
     return Run(
@@ -135,12 +142,23 @@ def _prepare(config: TrainConfig, ranks: Ranks) -> Run:
         ranks=ranks,
         labels=labels,
         objective=objectives.parse(config.objective),
+        holdout=holdout,
+        held_out=held_out,
         context=context,
         network=network,
         learner=learner,
         optimizer=optimizer.build(network, config),
         max_steps=min(limits, default=None),
     )
+
+
+def _open_labels(config: TrainConfig) -> Labels:
+    if "://" not in config.dataset and not os.path.exists(config.dataset) and (config.out / "config.yaml").exists():
+        raise TrainingError(
+            f"{config.out} was trained on {config.dataset}, which is not there: "
+            f"lacy train DATASET --out {config.out} --resume names where it is now"
+        )
+    return shards.open_labels(config.dataset, config.labels)
 
 
 def _go(run: Run, stop: Stop, tell: Tell) -> Outcome:
@@ -156,7 +174,8 @@ def _go(run: Run, stop: Stop, tell: Tell) -> Outcome:
         saved = progress.step
     saver = log = None
     if ranks.first:
-        configuration.save(config)
+        paths = {"dataset": absolute(config.dataset), "out": config.out.absolute()}
+        configuration.save(config.model_copy(update=paths))
         saver = checkpoint.Saver(config, run.network, model.tokenizer_files(run.labels, run.context))
         log = Log(config, progress.step)
     tell("start", _facts(run) | asdict(progress) | {"done": _done(run, progress)})
@@ -305,8 +324,16 @@ def _told(run: Run, told: torch.Tensor, progress: Progress) -> dict[str, Any]:
 def _held_out(run: Run, tell: Tell) -> list[Batch]:
     """This rank's batches of the held-out documents, in host memory."""
     config = run.config
-    if not config.holdout:
+    if not run.holdout:
         return []
+    if run.holdout > config.holdout:
+        documents = "document is" if run.held_out == 1 else "documents are"
+        tell(
+            "note",
+            {"text": f"--holdout {config.holdout:g} would hold out no document: {run.held_out} {documents} held out"},
+        )
+    elif run.held_out == 1:
+        tell("note", {"text": "one document is held out, and lacy eval needs two: use a larger --holdout"})
     batches = data.held_out(
         run.labels,
         batch=config.batch,
@@ -314,7 +341,7 @@ def _held_out(run: Run, tell: Tell) -> list[Batch]:
         columns={"factual"},
         rank=run.ranks.rank,
         ranks=run.ranks.count,
-        holdout=config.holdout,
+        holdout=run.holdout,
         positions=config.mask_documents,
         max_tokens=config.eval_tokens,
     )
@@ -352,7 +379,7 @@ def _loader(run: Run) -> data.Stream:
         rank=run.ranks.rank,
         ranks=run.ranks.count,
         workers=config.loader_workers,
-        holdout=config.holdout,
+        holdout=run.holdout,
         buffer_tokens=config.buffer_tokens,
         positions=config.mask_documents,
     )

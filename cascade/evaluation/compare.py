@@ -11,11 +11,11 @@ import shlex
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib import resources
 from itertools import cycle, product
 from pathlib import Path
 from typing import Any, Final
 
+import markupsafe
 import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -27,6 +27,7 @@ from lacy.cascade.evaluation import bootstrap, results
 from lacy.cascade.evaluation.results import Result
 from lacy.cascade.model import checkpoint, results_folder
 from lacy.schemas.errors import CascadeError, TrainingError
+from lacy.schemas.pages import template
 from lacy.trainer import config, logs
 
 WIDTH: Final = 100  # columns of the tables where there is no terminal
@@ -257,20 +258,11 @@ def trained(row: Row) -> str:
 def page(comparison: Comparison) -> str:
     """One HTML page of its own: tables, curves, notes. All text is escaped; the same comparison gives the same page.
 
-    Raises CascadeError without jinja2 or matplotlib.
+    Raises CascadeError without matplotlib.
     """
-    try:
-        import jinja2
-        import markupsafe
-    except ImportError:
-        raise CascadeError("the page needs jinja2: pip install 'lacy[eval]'") from None
-    source = resources.files("lacy.cascade.evaluation").joinpath("compare.html").read_text(encoding="utf-8")
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
     lines = [(row, *look) for row, look in zip(comparison.rows, _looks(), strict=False) if row.curve]
     charts = _charts([(row.curve, *look) for row, *look in lines if row.curve]) if lines else ""
-    filled = environment.from_string(source).render(
+    filled = template("lacy.cascade.evaluation", "compare.html").render(
         rows=comparison.rows,
         columns=COLUMNS,
         cell=cell,

@@ -41,7 +41,7 @@ from lacy.trainer.config import TrainConfig, load
 from lacy.trainer.data import held_out
 from lacy.trainer.head import Measures
 from lacy.trainer.model import Learner
-from lacy.trainer.shards import Labels, open_labels
+from lacy.trainer.shards import Labels, enough_held_out, open_labels
 
 KIND: Final = "delegation"
 TARGETS: Final = ("factual", "wrong", "factual_wrong", "wrong_among_factual")
@@ -172,12 +172,14 @@ def settle(folder: Path, options: Options) -> tuple[Options, Labels]:
     except DatasetError as error:
         hint = "; where it has moved, name it with --dataset" if options.dataset is None else ""
         raise CascadeError(f"{error}{hint}") from None
-    holdout = config.holdout if options.holdout is None else options.holdout
+    same_data = same_path or labels.fingerprint == _trained_on(folder)
+    kept = enough_held_out(labels, config.holdout)[0] if same_data else config.holdout
+    holdout = kept if options.holdout is None else options.holdout
     if holdout == 0:
         raise CascadeError(f"{folder} was trained on all documents: name others with --dataset and --holdout")
-    if holdout > config.holdout and (same_path or labels.fingerprint == _trained_on(folder)):
+    if holdout > kept and same_data:
         raise CascadeError(
-            f"--holdout {holdout:g} has documents that {folder} was trained on: at most {config.holdout:g} was held out"
+            f"--holdout {holdout:g} has documents that {folder} was trained on: at most {kept:g} was held out"
         )
     masked = config.mask_documents if options.mask_documents is None else options.mask_documents
     known = {

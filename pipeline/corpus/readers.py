@@ -14,10 +14,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lacy.pipeline.corpus.remote import RemoteFile
 from lacy.pipeline.corpus.sources import Range
 from lacy.pipeline.corpus.wikitext import articles as wikitext
 from lacy.schemas.errors import DatasetError
+from lacy.schemas.remote import RemoteFile
 
 CHUNK = 1 << 20
 TAIL = 1 << 16  # of a store, what is fetched beyond a range, where its last record ends

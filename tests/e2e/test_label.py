@@ -65,7 +65,8 @@ def test_every_document_is_labelled(labelled, corpus):
     found = rows(labelled)
     assert {row["doc_id"]: row["text"] for row in found} == expected
     assert len(manifest["parts"]) > 15
-    assert {path.name for path in labelled.iterdir()} <= {"manifest.json", "signals", "labels", "tokenizer", ".lock"}
+    names = {path.name for path in labelled.iterdir()}
+    assert names - {".lock"} == {"manifest.json", "README.md", "signals", "labels", "tokenizer"}
 
 
 def test_tokens_decode_to_the_text_and_offsets_point_into_it(labelled):
@@ -99,7 +100,7 @@ def test_labels_join_the_signals(labelled):
             for nll, label, factual in zip(labels["ref_nll"], labels["label"], labels["factual"], strict=True)
             if factual and not label and nll is not None
         ]
-        threshold = json.loads((labelled / "labels" / "lacy" / "policy.json").read_text())["threshold"]
+        threshold = json.loads((labelled / "labels" / "lacy" / "_policy.json").read_text())["threshold"]
         assert min(picked, default=threshold) >= threshold >= max(kept, default=threshold)
 
 

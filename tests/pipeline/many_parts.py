@@ -41,7 +41,7 @@ def multiply(base: Path, out: Path, count: int, *, running: bool = False) -> Pat
     shutil.copytree(base / "tokenizer", out / "tokenizer")
     for folder in ("signals", "labels/lacy", "deadletter", ".parts"):
         (out / folder).mkdir(parents=True)
-    manifest, labels = load(base / "manifest.json", Manifest), load(base / "labels/lacy/policy.json", LabelSet)
+    manifest, labels = load(base / "manifest.json", Manifest), load(base / "labels/lacy/_policy.json", LabelSet)
     first, entry = manifest.parts[0], labels.parts[0]
     corpus = out.with_suffix(".jsonl")
     with corpus.open("wb") as file:
@@ -72,7 +72,7 @@ def multiply(base: Path, out: Path, count: int, *, running: bool = False) -> Pat
         totals |= {"documents": count * first.rows, "tokens": count * first.tokens, "factual": count * first.factual}
         chosen, tokens = count * (entry.delegated + entry.ignored), count * first.tokens
         sums = {"candidates": count * entry.candidates, "tokens": tokens, "chosen": chosen, "share": chosen / tokens}
-        save(out / "labels/lacy/policy.json", labels.model_copy(update=sums | {"parts": entries}))
+        save(out / "labels/lacy/_policy.json", labels.model_copy(update=sums | {"parts": entries}))
     save(out / "manifest.json", manifest.model_copy(update=totals))
     return corpus
 

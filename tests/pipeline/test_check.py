@@ -48,7 +48,7 @@ class Dataset:
         path = self.folder / folder / f"{part}.parquet"
         data = to_parquet(change(pq.ParquetFile(path).read())).to_pybytes()
         path.write_bytes(data)
-        record = "manifest.json" if folder == "signals" else f"{folder}/policy.json"
+        record = "manifest.json" if folder == "signals" else f"{folder}/_policy.json"
         self.set(record, part=part, sha256=sha256(data), bytes=len(data))
 
 
@@ -105,7 +105,7 @@ SIGNALS = {
 LABELS = {
     "token_ids differs from the signals": put("token_ids", 1, 3),
     "ref_nll differs from the signals": put("ref_nll", 1, 3.5),
-    "counts of labels differ from policy.json": values("label", lambda flat: flat.fill(0)),
+    "counts of labels differ from _policy.json": values("label", lambda flat: flat.fill(0)),
     "an unknown label code": put("label", 1, 7),
     "the first token of a document is not to be learnt": put("label", 0, 1),
     "lists of unequal length: label": column("label", lambda rows: [rows[0][:-1], *rows[1:]]),
@@ -192,8 +192,8 @@ def test_a_part_that_is_no_parquet(dataset):
 
 
 def test_labels_that_are_missing_and_another_tokenizer(dataset):
-    labels = json.loads((dataset.folder / "labels/lacy/policy.json").read_text())
-    dataset.set("labels/lacy/policy.json", parts=labels["parts"][1:])
+    labels = json.loads((dataset.folder / "labels/lacy/_policy.json").read_text())
+    dataset.set("labels/lacy/_policy.json", parts=labels["parts"][1:])
     dataset.set("manifest.json", tokenizer=dataset.manifest["tokenizer"] | {"sha256": "0"})
     lines = dataset.faults()
     assert lines[0].startswith("tokenizer/ is not the tokenizer of the manifest")

@@ -25,7 +25,7 @@ def contents(folder):
 def test_however_parts_are_put_together(dataset, monkeypatch):
     decide(dataset, "loss", budget=0.2)
     before = contents(dataset / "labels/loss")
-    assert json.loads(before["policy.json"])["chosen"] == round(0.2 * label_sets(dataset)["loss"].tokens)
+    assert json.loads(before["_policy.json"])["chosen"] == round(0.2 * label_sets(dataset)["loss"].tokens)
     monkeypatch.setattr(batches, "PARTS", 2)
     decide(dataset, "loss", budget=0.2)
     assert contents(dataset / "labels/loss") == before

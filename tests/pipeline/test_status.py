@@ -136,9 +136,9 @@ def test_label_sets(tiny, tmp_path):
     assert (found.state, found.share, found.tokens) == ("complete", 1.0, manifest.tokens)
     assert [(labels.name, labels.complete) for labels in found.labels] == [("lacy", True)]
     shutil.copytree(dataset / "labels/lacy", dataset / "labels/broken")
-    (dataset / "labels/broken/policy.json").unlink()
-    policy = json.loads((dataset / "labels/lacy/policy.json").read_text())
-    (dataset / "labels/lacy/policy.json").write_text(json.dumps(policy | {"parts": policy["parts"][1:]}))
+    (dataset / "labels/broken/_policy.json").unlink()
+    policy = json.loads((dataset / "labels/lacy/_policy.json").read_text())
+    (dataset / "labels/lacy/_policy.json").write_text(json.dumps(policy | {"parts": policy["parts"][1:]}))
     found = status(dataset)
     assert [(labels.name, labels.complete) for labels in found.labels] == [("broken", False), ("lacy", False)]
 

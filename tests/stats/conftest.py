@@ -172,7 +172,7 @@ def write(
             share=chosen / total if total else 0.0,
             parts=found,
         )
-        manifest.save(folder / "labels" / name / "policy.json", written)
+        manifest.save(folder / "labels" / name / "_policy.json", written)
     whole = Manifest(
         state=state,
         corpus=[],

@@ -173,7 +173,7 @@ def quantile(values, share):
 def test_budgets(tmp_path, policy, student):
     documents = corpus()
     write(tmp_path, documents, sets={"mine": by_loss(5.0)}, without=[] if student else ["student_nll"])
-    path = tmp_path / "labels" / "mine" / "policy.json"
+    path = tmp_path / "labels" / "mine" / "_policy.json"
     path.write_text(path.read_text().replace('"policy": "lacy"', f'"policy": "{policy}"'))
     stats = compute(tmp_path)
     column, members = "student_nll" if student else "ref_nll", tokens(documents)

@@ -12,7 +12,8 @@ from rich.console import Console
 import lacy
 from lacy.schemas.errors import DatasetError
 from lacy.schemas.manifest import at, signals_path
-from lacy.stats import files, report, show
+from lacy.schemas.remote import RemoteFile
+from lacy.stats import report, show
 from lacy.stats.connect import connect
 from tests.conftest import LACY
 from tests.stats.conftest import document, write
@@ -60,17 +61,16 @@ def put(request):
 
 @pytest.fixture
 def fetched(monkeypatch):
-    """What queries read of the store: the file's name, and the bytes."""
-    found = []
-    read = files._Ranges.read
+    """The requests that queries make: the name of the file, and the bytes."""
+    requests = []
+    fetch = RemoteFile._fetch
 
-    def counting(self, size=-1):
-        data = read(self, size)
-        found.append((self._file.path, len(data)))
-        return data
+    def counting(self, begin, end):
+        fetch(self, begin, end)
+        requests.append((self._name, len(self._window)))
 
-    monkeypatch.setattr(files._Ranges, "read", counting)
-    return found
+    monkeypatch.setattr(RemoteFile, "_fetch", counting)
+    return requests
 
 
 @pytest.mark.parametrize("kind", ["s3", "memory"])

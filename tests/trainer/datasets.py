@@ -90,7 +90,7 @@ def _write(dataset: Path, name: str, table: pa.Table) -> tuple[manifest.PartReco
 
 
 def save(dataset: Path, parts: list[manifest.PartRecord], labelled: list[manifest.LabelRecord], tokenizer: str) -> None:
-    """The manifest and the policy.json of "lacy"."""
+    """The manifest and the _policy.json of "lacy"."""
     tokens = sum(part.tokens for part in parts)
     chosen = sum(part.delegated for part in labelled)
     labels = manifest.LabelSet(
@@ -98,7 +98,7 @@ def save(dataset: Path, parts: list[manifest.PartRecord], labelled: list[manifes
         candidates=sum(part.candidates for part in labelled), chosen=chosen, share=chosen / max(1, tokens),
         parts=labelled,
     )  # fmt: skip
-    manifest.save(dataset / "labels" / "lacy" / "policy.json", labels)
+    manifest.save(dataset / "labels" / "lacy" / "_policy.json", labels)
     whole = manifest.Manifest(
         state="complete", corpus=[], options={}, models={}, versions={}, parts=parts, tokens=tokens,
         documents=sum(part.rows for part in parts), factual=sum(part.factual for part in parts),

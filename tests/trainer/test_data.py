@@ -587,18 +587,18 @@ def settings_of(root: Path) -> Path:
 REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no dataset": (lambda d: (d / "manifest.json").unlink(), r"is not a dataset: .*lacy label"),
     "unfinished": (lambda d: edit(d / "manifest.json", lambda m: m.update(state="running")), "is not finished: run"),
-    "no labels": (lambda d: (d / "labels" / "lacy" / "policy.json").unlink(), "has no labels: lacy decide makes them"),
+    "no labels": (lambda d: (d / "labels" / "lacy" / "_policy.json").unlink(), "has no labels: lacy decide makes them"),
     "a part without labels": (
-        lambda d: edit(d / "labels" / "lacy" / "policy.json", lambda p: p["parts"].pop()),
+        lambda d: edit(d / "labels" / "lacy" / "_policy.json", lambda p: p["parts"].pop()),
         "label set 'lacy' does not fit .*, 1 parts differ: lacy decide --name lacy",
     ),
     "labels of other documents": (
-        lambda d: edit(d / "labels" / "lacy" / "policy.json", lambda p: p["parts"][0].update(rows=99)),
+        lambda d: edit(d / "labels" / "lacy" / "_policy.json", lambda p: p["parts"][0].update(rows=99)),
         "label set 'lacy' does not fit .*, 1 parts differ",
     ),
     "no document": (
         lambda d: [
-            edit(d / "labels" / "lacy" / "policy.json", lambda p: p["parts"].clear()),
+            edit(d / "labels" / "lacy" / "_policy.json", lambda p: p["parts"].clear()),
             edit(d / "manifest.json", lambda m: m["parts"].clear()),
         ],
         "has no document to learn from: label",
@@ -647,16 +647,16 @@ def test_a_store_that_cannot_be_opened_is_refused(where, monkeypatch, tmp_path):
 
 
 def test_which_label_set(small):
-    policy = load(small / "labels" / "lacy" / "policy.json", LabelSet)
+    policy = load(small / "labels" / "lacy" / "_policy.json", LabelSet)
     for name in ("about", "zeta"):
         (small / "labels" / name).mkdir()
-        save(small / "labels" / name / "policy.json", policy.model_copy(update={"name": name}))
+        save(small / "labels" / name / "_policy.json", policy.model_copy(update={"name": name}))
     assert list(label_sets(small)) == ["about", "lacy", "zeta"]
     assert shards.open_labels(str(small), None).name == "lacy"
     assert shards.open_labels(str(small), "zeta").name == "zeta"
     with pytest.raises(DatasetError, match="has no label set 'x': it has about, lacy, zeta; lacy decide makes others"):
         shards.open_labels(str(small), "x")
-    (small / "labels" / "lacy" / "policy.json").unlink()
+    (small / "labels" / "lacy" / "_policy.json").unlink()
     assert shards.open_labels(str(small), None).name == "about"
 
 
@@ -698,7 +698,7 @@ def replace(root: Path, part: int, column: str | None, change: Callable[..., Any
 def content(root: Path, part: int, written: bytes) -> None:
     path = labels_path(root, "lacy", f"part-{part:05d}")
     path.write_bytes(written)
-    edit(root / "labels" / "lacy" / "policy.json", lambda p: p["parts"][part].update(sha256=sha256(written)))
+    edit(root / "labels" / "lacy" / "_policy.json", lambda p: p["parts"][part].update(sha256=sha256(written)))
 
 
 def put(value: int) -> Callable[..., pa.Array]:

@@ -261,7 +261,8 @@ def test_wandb_is_asked_for_by_name(tmp_path, dataset, still_gpt2):
         train(configured(dataset, still_gpt2, tmp_path / "run", wandb="project"))
 
 
-def test_a_small_dataset_may_have_no_document_to_hold_out(tmp_path, dataset, still_gpt2):
+def test_a_dataset_of_one_document_has_none_to_hold_out(tmp_path, still_gpt2):
+    dataset = make(tmp_path / "d", parts=1, documents=1)
     config = configured(dataset, still_gpt2, tmp_path / "run", max_steps=2, holdout=1e-9)
     heard = []
     train(config, lambda what, told: heard.append(what))
