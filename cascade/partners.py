@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from lacy.cascade.calls import forbid
-from lacy.cascade.model import Model
+from lacy.cascade.language_model import Model
 from lacy.cascade.reader import Reader
 from lacy.cascade.vocabulary import Vocabulary, incomplete, same
 from lacy.schemas.errors import CascadeError

@@ -7,16 +7,14 @@ passage that has no verdict after that is unjudged, which is not the same as unm
 
 import re
 from dataclasses import dataclass
-from functools import lru_cache
-from hashlib import sha256
-from importlib import resources
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from lacy.labelers.align import token_words
-from lacy.labelers.llm.chat import Chat
+from lacy.labelers.llm.chat import Chat, Conversation
+from lacy.labelers.llm.prompts import Prompt, ask_json, parse_answer, read_prompt
 from lacy.labelers.quotes import locate
 from lacy.labelers.tokenize import Tokens
 
@@ -31,28 +29,6 @@ MAX_QUOTE = 120  # characters
 MAX_SCORE = 5
 
 Kind = Literal["name", "date", "number", "attribute"]
-
-SCHEMA: dict[str, Any] = {
-    "type": "object",
-    "properties": {
-        "spans": {
-            "type": "array",
-            "maxItems": MAX_SPANS,
-            "items": {
-                "type": "object",
-                "properties": {
-                    "text": {"type": "string", "minLength": 1, "maxLength": MAX_QUOTE},
-                    "kind": {"type": "string", "enum": list(get_args(Kind))},
-                    "score": {"type": "integer", "minimum": 1, "maximum": MAX_SCORE},
-                },
-                "required": ["text", "kind", "score"],
-                "additionalProperties": False,
-            },
-        }
-    },
-    "required": ["spans"],
-    "additionalProperties": False,
-}
 
 
 class Quote(BaseModel):
@@ -71,13 +47,7 @@ class _Answer(BaseModel):
     spans: Annotated[list[Quote], Field(max_length=MAX_SPANS)]
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """The judge's prompt; `sha256` is that of its text."""
-
-    version: int
-    sha256: str
-    text: str
+SCHEMA: dict[str, Any] = _Answer.model_json_schema()
 
 
 @dataclass(frozen=True)
@@ -114,12 +84,9 @@ class Verdicts:
         return {name: getattr(self, name) for name in names}
 
 
-@lru_cache(maxsize=1)
 def prompt() -> Prompt:
-    """The prompt that the judge uses, as it is shipped."""
-    data = resources.files("labelers").joinpath("judge_prompt.md").read_bytes()
-    text = data.decode()
-    return Prompt(int(text.partition("\n")[0].removeprefix("version:")), sha256(data).hexdigest(), text)
+    """The judge's prompt, as shipped."""
+    return read_prompt("lacy.labelers", "judge_prompt.md")
 
 
 def judge(
@@ -134,22 +101,16 @@ def judge(
     a passage that cannot be judged raises nothing. A passage of white space is judged, unmarked, without asking.
     """
     windows = [(index, *window) for index, text in enumerate(texts) for window in passages(text, size, context)]
+    asked = [number for number, (index, _, start, end) in enumerate(windows) if not texts[index][start:end].isspace()]
+
+    def question(number: int, again: bool) -> Conversation:
+        index, before, start, end = windows[asked[number]]
+        return conversation(texts[index][before:start], texts[index][start:end], again=again)
+
+    replies = ask_json(chat, question, len(asked), SCHEMA, parse, max_tokens=max_tokens)
     answers: list[list[Quote] | None] = [[] for _ in windows]
-    todo = [number for number, (index, _, start, end) in enumerate(windows) if not texts[index][start:end].isspace()]
-    malformed: set[int] = set()
-    for _ in range(2):
-        conversations = []
-        for number in todo:
-            index, before, start, end = windows[number]
-            conversations.append(
-                conversation(texts[index][before:start], texts[index][start:end], again=number in malformed)
-            )
-        replies = chat.ask(conversations, SCHEMA, max_tokens) if todo else []
-        for number, reply in zip(todo, replies, strict=True):
-            answers[number] = None if reply.text is None else parse(reply.text)
-            if reply.text is not None and answers[number] is None:
-                malformed.add(number)
-        todo = [number for number in todo if answers[number] is None]
+    for number, (quotes, _) in zip(asked, replies, strict=True):
+        answers[number] = quotes
 
     spans: list[tuple[int, int, int]] = []
     scores: list[float] = []
@@ -182,17 +143,13 @@ def judge(
     )
 
 
-def conversation(before: str, passage: str, *, again: bool = False) -> list[dict[str, str]]:
+def conversation(before: str, passage: str, *, again: bool = False) -> Conversation:
     """What the model is told: the prompt around a passage and the text before it.
 
     again  the same once more, after an answer that was no JSON: greedy decoding would repeat the answer
     """
-    system, user, reminder = _sections(prompt().text)
-    fields = {"{{context}}": before.strip() or "(The text begins with the passage.)", "{{passage}}": passage.strip()}
-    content = "".join(fields.get(piece, piece) for piece in user)
-    if again:
-        content = f"{content}\n\n{reminder}"
-    return [{"role": "system", "content": system}, {"role": "user", "content": content}]
+    fields = {"context": before.strip() or "(The text begins with the passage.)", "passage": passage.strip()}
+    return prompt().conversation(fields, again=again)
 
 
 def passages(text: str, size: int = PASSAGE, context: int = CONTEXT) -> list[tuple[int, int, int]]:
@@ -222,11 +179,8 @@ def passages(text: str, size: int = PASSAGE, context: int = CONTEXT) -> list[tup
 
 def parse(answer: str) -> list[Quote] | None:
     """The quotes of an answer that follows `SCHEMA`, with or without a code fence around it; else None."""
-    fenced = _FENCE.fullmatch(answer)
-    try:
-        return _Answer.model_validate_json(fenced[1] if fenced else answer).spans
-    except (ValidationError, UnicodeEncodeError):
-        return None
+    parsed = parse_answer(answer, _Answer)
+    return None if parsed is None else parsed.spans
 
 
 def token_scores(verdicts: Verdicts, tokens: Tokens, texts: list[str]) -> np.ndarray:
@@ -263,7 +217,6 @@ def token_scores(verdicts: Verdicts, tokens: Tokens, texts: list[str]) -> np.nda
 
 
 _WHITE_SPACE = re.compile(r"\s+")
-_FENCE = re.compile(r"\s*```(?:json)?\s*(.*?)\s*```\s*", re.DOTALL)
 _BORDERS = (
     re.compile(r"\n\s*"),
     re.compile(r"[.!?][\"')\]\u2019\u201d\u00bb]*\s+|[。！？][」』）]*\s*"),  # noqa: RUF001
@@ -278,13 +231,6 @@ def _last_border(text: str, start: int, first: int, last: int) -> int:
         if ends and ends[-1] >= first:
             return ends[-1]
     return last
-
-
-@lru_cache(maxsize=1)
-def _sections(text: str) -> tuple[str, list[str], str]:
-    """The system text, the pieces of the user's with the fields apart, and what is added when asked again."""
-    system, user, again = (section.strip() for section in re.split(r"^# .*$", text, flags=re.MULTILINE)[1:])
-    return system, re.split(r"(\{\{\w+\}\})", user), again
 
 
 def _offsets(ranges: list[tuple[int, int, int]]) -> np.ndarray:

@@ -17,7 +17,7 @@ import pyarrow as pa
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 
-from lacy.labelers.llm.models import resolve
+from lacy.labelers.llm.model_folders import resolve
 from lacy.schemas.errors import DatasetError, ModelError, TokenizerError
 from lacy.schemas.files import read_bytes, sha256, write_atomic
 from lacy.schemas.manifest import at

@@ -34,7 +34,7 @@ from transformers.modeling_utils import PreTrainedModel
 from lacy.cascade.calls import CALL_SCORES, CallScore, Fitted, Scores, read_fitted, write_fitted
 from lacy.cascade.evaluation import bootstrap, results
 from lacy.cascade.evaluation.results import Result
-from lacy.cascade.model import Model, checkpoint, open_model, results_folder
+from lacy.cascade.language_model import Model, checkpoint, open_model, results_folder
 from lacy.schemas.errors import CascadeError, DatasetError, TrainingError
 from lacy.trainer import shards
 from lacy.trainer.config import TrainConfig, load

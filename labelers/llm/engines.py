@@ -252,7 +252,7 @@ class Engines:
 
 
 class EngineScorer:
-    """The Scorer protocol of `lacy.labelers.llm.scorer` on engines that load `reference.load(**spec.arguments)`."""
+    """The Scorer protocol of `lacy.labelers.llm.scorer` on engines whose factory is `load:scorer`."""
 
     def __init__(self, engines: Engines) -> None:
         self.engines = engines
@@ -276,7 +276,7 @@ class EngineScorer:
 
 
 class EngineChat:
-    """The Chat protocol of `lacy.labelers.llm.chat` on engines that load `chat.load(**spec.arguments)`."""
+    """The Chat protocol of `lacy.labelers.llm.chat` on engines whose factory is `load:chat`."""
 
     def __init__(self, engines: Engines) -> None:
         self.engines = engines

@@ -1,16 +1,16 @@
 """Scoring by a reference LLM: token ids in, one negative log-likelihood per token out.
 
-A scorer never sees text or a tokenizer, and its result depends on nothing but the documents of the one call. Backends
-are loaded by `load`; neither torch nor vLLM is imported before that.
+A scorer never sees text or a tokenizer, and its result depends on the documents of the one call alone.
+`lacy.labelers.llm.load.scorer` loads a backend. What backends share is here too: windows, checks, assembling results.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 
-from lacy.labelers.llm.models import text_config
+from lacy.labelers.llm.model_folders import text_config
 from lacy.labelers.llm.windows import windows
 from lacy.schemas.errors import ModelError
 
@@ -52,73 +52,6 @@ class Scorer(Protocol):
         ...
 
 
-def load(
-    scorer: Literal["transformers", "vllm", "server"],
-    model: str,
-    *,
-    dtype: str = "auto",
-    window: int | None = None,
-    overlap: int | None = None,
-    max_batch_tokens: int | None = None,
-    device: str = "auto",
-    threads: int = 1,
-    bos: int | None = None,
-    trust_remote_code: bool = False,
-    **engine: Any,
-) -> Scorer:
-    """Load `model` (a folder, a hub name, or the name of an embedded model) for scoring.
-
-    dtype             "auto" is float32 on a CPU and bfloat16 on a GPU; else the name of a torch dtype
-    window            tokens per forward pass; default: the model's context, at most 2048
-    overlap           least context of a token after the first window; default: a quarter of the window
-    max_batch_tokens  tokens per forward pass over all documents, padding included (transformers), or per scheduler
-                      step (vllm); the default suits the device
-    device            "auto" is "cuda" where there is one, else "cpu" (transformers only)
-    threads           CPU threads; with one, equal calls give equal bytes whatever else the machine does
-    bos               id put before each window, for models that were trained with one; it is never in the output
-    engine            further arguments of the vLLM engine, or of `lacy.labelers.llm.server_scorer.ServerScorer`
-
-    Raises `ModelError` when the model or the backend's package is missing, `ValueError` for settings that cannot be.
-    """
-    if scorer == "transformers":
-        if engine:
-            raise ValueError(f"the transformers scorer has no setting {', '.join(engine)}")
-        from lacy.labelers.llm.transformers_scorer import TransformersScorer
-
-        return TransformersScorer(
-            model,
-            dtype=dtype,
-            window=window,
-            overlap=overlap,
-            max_batch_tokens=max_batch_tokens,
-            device=device,
-            threads=threads,
-            bos=bos,
-            trust_remote_code=trust_remote_code,
-        )
-    if scorer == "server":
-        from lacy.labelers.llm.server_scorer import ServerScorer
-
-        return ServerScorer(
-            model, window=window, overlap=overlap, bos=bos, trust_remote_code=trust_remote_code, **engine
-        )
-    if scorer == "vllm":
-        from lacy.labelers.llm.vllm_scorer import VllmScorer
-
-        return VllmScorer(
-            model,
-            dtype=dtype,
-            window=window,
-            overlap=overlap,
-            max_batch_tokens=max_batch_tokens,
-            threads=threads,
-            bos=bos,
-            trust_remote_code=trust_remote_code,
-            **engine,
-        )
-    raise ValueError(f"no scorer {scorer!r}; known: transformers, vllm, server")
-
-
 @dataclass(frozen=True)
 class Span:
     """One window of one document; the scores taken from it are those of the tokens `[score_from, end)`."""
@@ -154,7 +87,7 @@ def fault_of(document: np.ndarray, vocabulary: int) -> str | None:
 
 
 def settle_window(context: int | None, window: int | None, overlap: int | None, bos: int | None) -> tuple[int, int]:
-    """`window` and `overlap` with the defaults of `load`, checked against the model's context (None: unbounded)."""
+    """`window` and `overlap` with their defaults, checked against the model's context (None: unbounded)."""
     if window is None:
         window = min(context or MAX_DEFAULT_WINDOW, MAX_DEFAULT_WINDOW)
     if context is not None and window > context:

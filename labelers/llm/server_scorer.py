@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from lacy.labelers.llm.models import text_config
+from lacy.labelers.llm.model_folders import text_config
 from lacy.labelers.llm.scorer import MAX_DEFAULT_WINDOW, Scores, Span, fault_of, finish, plan_spans, settle_window
 from lacy.labelers.llm.servers import BadAnswerError, Body, Refused, ServerPool, pick_model
 from lacy.labelers.llm.windows import slices

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from lacy.labelers.llm.models import resolve
+from lacy.labelers.llm.model_folders import resolve
 from lacy.labelers.llm.scorer import Scores, Span, fault_of, finish, plan_spans, settle_window
 from lacy.schemas.errors import ModelError
 

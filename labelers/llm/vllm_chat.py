@@ -10,7 +10,7 @@ As with the scorer, a process can hold only one engine on a CPU at a time.
 from typing import Any
 
 from lacy.labelers.llm.chat import Reply
-from lacy.labelers.llm.models import resolve, text_config
+from lacy.labelers.llm.model_folders import resolve, text_config
 from lacy.labelers.llm.vllm_scorer import CPU_BATCH_TOKENS, close_engine, open_engine, prepare
 
 MAX_DEFAULT_CONTEXT = 4096  # tokens; the cache must hold one conversation of this length

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from lacy.labelers.llm.models import resolve, text_config
+from lacy.labelers.llm.model_folders import resolve, text_config
 from lacy.labelers.llm.scorer import (
     GPU_MEMORY_SHARE,
     MAX_DEFAULT_WINDOW,

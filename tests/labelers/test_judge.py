@@ -179,7 +179,8 @@ def test_answers_in_a_code_fence_are_taken() -> None:
 
 
 def test_the_schema_is_what_is_parsed() -> None:
-    span = SCHEMA["properties"]["spans"]["items"]
+    span = SCHEMA["$defs"]["Quote"]
+    assert SCHEMA["properties"]["spans"]["items"] == {"$ref": "#/$defs/Quote"}
     full = {"text": "x" * span["properties"]["text"]["maxLength"], "score": span["properties"]["score"]["maximum"]}
     for kind in span["properties"]["kind"]["enum"]:
         spans = [full | {"kind": kind}] * SCHEMA["properties"]["spans"]["maxItems"]
