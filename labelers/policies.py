@@ -28,6 +28,7 @@ import numpy.typing as npt
 
 from lacy.schemas.codes import DELEGATE, IGNORE, LEARN
 from lacy.schemas.errors import PolicyError
+from lacy.schemas.hashing import shift, signed, splitmix64
 
 Signals = Mapping[str, npt.NDArray[Any]]
 BoolArray = npt.NDArray[np.bool_]
@@ -37,6 +38,7 @@ UInt64Array = npt.NDArray[np.uint64]
 
 DIGIT_BITS = 16
 BINS = 1 << DIGIT_BITS
+_MASK = (1 << 64) - 1
 PASSES = 64 // DIGIT_BITS
 
 ACTIONS = {"delegate": DELEGATE, "ignore": IGNORE}
@@ -199,18 +201,9 @@ def tie_hash(doc_hash: npt.ArrayLike, position: npt.ArrayLike, seed: int = 0) ->
     The upper half of splitmix64's mixing function, applied twice: to the document's hash plus the mixed seed, and to
     that plus the position. All arithmetic is modulo 2**64; the arguments broadcast.
     """
-    document = _mix(np.asarray(doc_hash, np.uint64) + _mix(np.asarray([seed & _MASK], np.uint64)))
-    return (_mix(document + np.asarray(position).astype(np.uint64)) >> np.uint64(32)).astype(np.uint32)
-
-
-_MASK = (1 << 64) - 1
-
-
-def _mix(x: UInt64Array) -> UInt64Array:
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    mixed_seed = splitmix64(np.array([signed(seed)]))
+    document = splitmix64(np.asarray(doc_hash, np.uint64).view(np.int64) + mixed_seed)
+    return shift(splitmix64(document + np.asarray(position).astype(np.int64)), 32).astype(np.uint32)
 
 
 def document_hash(doc_id: str) -> int:

@@ -325,7 +325,7 @@ def _opened(model: Any, who: PartnerOptions, amount: Any, options: Any) -> tuple
 
     sampling, trust = options.sampling, who.trust_remote_code
     if who.partner.startswith(("http://", "https://")):
-        from lacy.labelers.llm.servers import api_key, base_url
+        from lacy.labelers.llm.client import api_key, base_url
 
         known: dict[str, Any] = {}
         if who.partner_tokenizer:

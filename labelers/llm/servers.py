@@ -11,18 +11,16 @@ request depends on whose fault it may be:
 - any other HTTP 4xx: the request's. `Refused` at once.
 - a refused key, an unknown model, no server left for longer than the pool's patience: nobody's document. `ModelError`.
 
-The key comes from the environment (`LACY_API_KEY`, else `OPENAI_API_KEY`), and stands in no log and no message.
+The server's key (`lacy.labelers.llm.client`) is in no log and no message.
 """
 
 import asyncio
 import logging
 import math
-import os
 import queue
 import random
-import threading
 import time
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
@@ -30,20 +28,18 @@ from typing import Any, TypeVar
 
 import httpx
 
+from lacy.labelers.llm.client import CONNECT_SECONDS, KEYS, ClientThread, api_key, base_url
 from lacy.schemas.errors import ModelError
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Body = dict[str, Any]
-KEYS = ("LACY_API_KEY", "OPENAI_API_KEY")
 TRIES = 4  # of one request, for faults that may be its own
 FAULTS_IN_A_ROW = 3  # after which a server is left out; fewer than TRIES, so that no request pays for a dead server
 MOST_ATTEMPTS = 100  # of one request, with those that are not counted as tries
 LONGEST_BACKOFF = 30.0  # seconds
 LONGEST_RETRY_AFTER = 60.0  # seconds that a server may ask for
-CONNECT_SECONDS = 10.0
-KEEP_ALIVE_SECONDS = 2.0  # servers close an idle connection themselves after 5 or so; a request must not meet that
 PROBE_PATHS = ("/health", "/v1/models")
 
 
@@ -91,19 +87,9 @@ class ServerPool:
         self._gone_since: float | None = None  # since when no server is up
         self._changed = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._client = httpx.AsyncClient(
-            headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
-            verify=any(url.startswith("https:") for url in self.urls),  # no certificates are read in vain
-            timeout=httpx.Timeout(timeout, connect=min(CONNECT_SECONDS, timeout / 2), pool=None),
-            limits=httpx.Limits(
-                max_connections=None, max_keepalive_connections=None, keepalive_expiry=KEEP_ALIVE_SECONDS
-            ),
+        self._client = ClientThread(
+            timeout=timeout, key=self._key, verify=any(url.startswith("https:") for url in self.urls)
         )
-        if (logger := logging.getLogger("httpx")).level == logging.NOTSET:
-            logger.setLevel(logging.WARNING)  # it tells of every request
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="server pool", daemon=True)
-        self._thread.start()
 
     def post_all(
         self,
@@ -124,7 +110,7 @@ class ServerPool:
         done: queue.SimpleQueue[tuple[int, T | Refused] | None] = queue.SimpleQueue()
         numbered = enumerate(bodies)
         results: dict[int, T | Refused] = {}
-        future = self._submit(self._post_all(path, numbered, accept, done.put))
+        future = self._client.submit(self._post_all(path, numbered, accept, done.put))
         future.add_done_callback(lambda _: done.put(None))
         try:
             while (item := done.get()) is not None:
@@ -142,35 +128,11 @@ class ServerPool:
         Servers that do not answer are left out, and taken back when they do. Raises `ModelError` when none answers
         for longer than the pool's patience, or when one refuses the key.
         """
-        future = self._submit(self._models())
-        try:
-            return future.result()
-        finally:
-            future.cancel()
+        return self._client.run(self._models())
 
     def close(self) -> None:
         """Cancel what is in flight and close the connections. Closing twice is harmless."""
-        if self._loop.is_closed():
-            return
-        with suppress(Exception):
-            asyncio.run_coroutine_threadsafe(self._shut_down(), self._loop).result(timeout=10)
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(timeout=10)
-        if not self._thread.is_alive():
-            self._loop.close()
-
-    def _submit(self, work: Coroutine[Any, Any, T]) -> Any:
-        if self._loop.is_closed():
-            work.close()
-            raise RuntimeError("the server pool is closed")
-        return asyncio.run_coroutine_threadsafe(work, self._loop)
-
-    async def _shut_down(self) -> None:
-        others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
-        await self._client.aclose()
+        self._client.close()
 
     async def _post_all(
         self,
@@ -219,7 +181,7 @@ class ServerPool:
     async def _send(self, server: "_Server", path: str, body: Body, accept: Callable[[Any, Body], T]) -> T | Refused:
         try:
             async with asyncio.timeout(self._timeout):
-                response = await self._client.post(server.url + path, json=body)
+                response = await self._client.http.post(server.url + path, json=body)
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
             raise _AttemptError(
                 f"no connection to {server.url} ({self._line(error)})", gone=True, counts=False
@@ -310,7 +272,7 @@ class ServerPool:
     async def _answers(self, server: "_Server") -> bool:
         for path in PROBE_PATHS:
             try:
-                response = await self._client.get(server.url + path, timeout=CONNECT_SECONDS)
+                response = await self._client.http.get(server.url + path, timeout=CONNECT_SECONDS)
             except httpx.RequestError:
                 return False
             if response.status_code not in (404, 405):
@@ -345,7 +307,7 @@ class ServerPool:
 
     async def _listing(self, server: "_Server") -> list[dict[str, Any]]:
         try:
-            response = await self._client.get(server.url + "/v1/models", timeout=CONNECT_SECONDS)
+            response = await self._client.http.get(server.url + "/v1/models", timeout=CONNECT_SECONDS)
         except httpx.RequestError as error:
             raise _AttemptError(f"no connection to {server.url} ({self._line(error)})") from None
         if response.status_code in (401, 403):
@@ -402,19 +364,6 @@ class _AttemptError(Exception):
         self.reason, self.counts, self.gone, self.pause = reason, counts, gone, pause
 
 
-def base_url(url: str) -> str:
-    """A server's URL without `/v1` and slash at its end; raises `ModelError` for what is none."""
-    try:
-        parsed = httpx.URL(url.strip())
-    except httpx.InvalidURL:
-        raise ModelError("a server's URL cannot be read: name it like http://127.0.0.1:8000") from None
-    if parsed.userinfo or parsed.query or parsed.fragment:
-        raise ModelError(f"a server's URL is only scheme, host, port and path; its key goes into {KEYS[0]}")
-    if parsed.scheme not in ("http", "https") or not parsed.host:
-        raise ModelError(f"{url!r} is no server's URL: name it like http://127.0.0.1:8000")
-    return str(parsed).rstrip("/").removesuffix("/v1").rstrip("/")
-
-
 def pick_model(pool: ServerPool, name: str, *, exact: bool = False) -> tuple[str, int | None]:
     """The name to ask the servers for, and the least `max_model_len` that they report, in tokens.
 
@@ -431,15 +380,6 @@ def pick_model(pool: ServerPool, name: str, *, exact: bool = False) -> tuple[str
             raise ModelError(f"{url} has no model {name!r}; it has: {', '.join(entries)}")
     lengths = [entries[name].get("max_model_len") for entries in known.values()]
     return name, min((length for length in lengths if isinstance(length, int)), default=None)
-
-
-def api_key() -> str | None:
-    for name in KEYS:
-        if key := os.environ.get(name, "").strip():
-            if not (key.isascii() and key.isprintable()):
-                raise ModelError(f"{name} holds characters that no key has: set it again")
-            return key
-    return None
 
 
 def _message(response: httpx.Response) -> str:

@@ -137,7 +137,7 @@ def test_action_ignore_masks_the_same_tokens() -> None:
     assert delegated.tolist() == [LEARN, LEARN, LEARN, DELEGATE, LEARN, LEARN]
     ignored = label("lacy", **tokens, threshold=threshold, action="ignore")
     assert ignored.tolist() == [LEARN, LEARN, LEARN, IGNORE, LEARN, LEARN]
-    with pytest.raises(ValueError, match="unknown action 'drop'"):
+    with pytest.raises(PolicyError, match="unknown action 'drop'"):
         label("lacy", **tokens, threshold=threshold, action="drop")
 
 
@@ -172,7 +172,7 @@ def test_require_checks_a_run_before_it_starts() -> None:
         require("lacy", reference=False, student=False)
     with pytest.raises(ValueError, match=r"judge.*--judge"):
         require("judge", reference=True, student=True)
-    with pytest.raises(ValueError, match="unknown action"):
+    with pytest.raises(PolicyError, match="unknown action"):
         require("lacy", "drop", reference=True, student=False)
 
 

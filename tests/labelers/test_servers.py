@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from lacy.labelers.llm.chat import Reply
+from lacy.labelers.llm.client import base_url
 from lacy.labelers.llm.server_chat import ServerChat
 from lacy.labelers.llm.server_scorer import REQUEST_PROMPTS, REQUEST_TOKENS, ServerScorer
-from lacy.labelers.llm.servers import BadAnswerError, Refused, ServerPool, base_url
+from lacy.labelers.llm.servers import BadAnswerError, Refused, ServerPool
 from lacy.schemas.errors import ModelError
 from tests.labelers.faulty_proxy import Fault, FaultyProxy, wait_until
 
