@@ -17,7 +17,7 @@ import pyarrow as pa
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 
-from lacy.labelers.llm.model_folders import resolve
+from lacy.labelers.llm.model_folders import is_hub_name, resolve
 from lacy.schemas.errors import DatasetError, ModelError, TokenizerError
 from lacy.schemas.files import read_bytes, sha256, write_atomic
 from lacy.schemas.manifest import at
@@ -187,7 +187,8 @@ def _backend(name: str, trust_remote_code: bool) -> tuple[Tokenizer, str | None]
     """The tokenizer, and the name of its end token. `transformers` is asked only where there is no tokenizer.json."""
     folder = at(name if "://" in name else resolve(name))
     try:
-        if (content := _content(folder / "tokenizer.json")) is not None:
+        content = None if is_hub_name(name) else _content(folder / "tokenizer.json")
+        if content is not None:
             backend = Tokenizer.from_str(content)
             settings = _content(folder / "tokenizer_config.json")
             eos = json.loads(settings).get("eos_token") if settings is not None else None

