@@ -1,8 +1,8 @@
 """The LLM judge: a model reads documents and marks the spans that a small model could not infer.
 
-A document is read in passages, each with the text before it, and the model answers in JSON with quotes of what it
-marks, which are then found in the passage (`labelers.quotes`). An answer that is no such JSON is asked for once more; a
-passage that has no verdict after that is unjudged, which is not the same as unmarked: its tokens have no score.
+A document is read in passages, each with the text before it. The model answers in JSON and quotes what it marks; the
+quotes are then located in the passage (`lacy.labelers.quotes`). A malformed answer is asked for once more. A passage
+without a verdict after that is unjudged, which is different from unmarked: its tokens have no score.
 """
 
 import re
@@ -19,7 +19,7 @@ from lacy.labelers.quotes import locate
 from lacy.labelers.tokenize import Tokens
 
 # Four characters of English are about a token, so the prompt (400 tokens), a passage with as much text before it and
-# the answer fit into a context of 2048 tokens. Longer passages cost less, but small models lose their place in them.
+# the answer fit into a context of 2048 tokens. Longer passages cost less, but small models get lost in them.
 PASSAGE = 1200  # characters
 CONTEXT = 1200  # characters of text before a passage
 MAX_ANSWER = 640  # tokens: MAX_SPANS of the usual length
@@ -32,7 +32,7 @@ Kind = Literal["name", "date", "number", "attribute"]
 
 
 class Quote(BaseModel):
-    """A span as the model quotes it; a score of 1 is easy to infer, 5 impossible."""
+    """A span as the model quotes it. Scores range from 1, easy to infer, to 5, impossible to infer."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -52,18 +52,18 @@ SCHEMA: dict[str, Any] = _Answer.model_json_schema()
 
 @dataclass(frozen=True)
 class Verdicts:
-    """What the judge says about D documents: S spans and U passages without a verdict, each in order of document.
+    """The judge's verdicts on D documents: S spans and U passages without a verdict, each in order of document.
 
     span_document       (S,) int32: the document of each span
-    span_starts         (S,) int32, `span_ends` (S,) int32: half-open character offsets; spans of a passage stand in the
-                        order in which the model named them, and may overlap
+    span_starts         (S,) int32, `span_ends` (S,) int32: half-open character offsets; the spans of a passage are in
+                        the order in which the model named them, and may overlap
     span_scores         (S,) float32 in (0, 1]: how hard to infer, 1 for impossible
     unjudged_document   (U,) int32, `unjudged_starts`, `unjudged_ends` (U,) int32: the passages without a verdict, in
                         order of offset within a document
-    windows_judged      passages with a verdict, an empty one included
+    windows_judged      passages with a verdict, including empty ones
     windows_unjudged    U
     spans               S
-    spans_dropped       quotes that are not in their passage, or not as often as they are quoted
+    spans_dropped       quotes that are not in their passage, or more often quoted than they occur
     """
 
     span_document: np.ndarray
@@ -79,7 +79,7 @@ class Verdicts:
     spans_dropped: int
 
     def counts(self) -> dict[str, int]:
-        """What is added up over the parts of a dataset."""
+        """The counts that are summed over the parts of a dataset."""
         names = ("windows_judged", "windows_unjudged", "spans", "spans_dropped")
         return {name: getattr(self, name) for name in names}
 
@@ -94,11 +94,11 @@ def judge(
 ) -> Verdicts:
     """Have a model read documents and mark their spans.
 
-    size, context  characters of a passage, and of the text before it that is read along (`passages`)
-    max_tokens     of an answer
+    size, context  characters of a passage, and of the text before it that the model reads too (`passages`)
+    max_tokens     of an answer, at most
 
-    All passages are asked about in one call, and those without a usable answer in a second. Raises what `chat` raises;
-    a passage that cannot be judged raises nothing. A passage of white space is judged, unmarked, without asking.
+    All passages go to the chat in one call, and those without a usable answer in a second. Raises what `chat` raises;
+    a passage that cannot be judged raises nothing. A passage of white space counts as judged and is not asked about.
     """
     windows = [(index, *window) for index, text in enumerate(texts) for window in passages(text, size, context)]
     asked = [number for number, (index, _, start, end) in enumerate(windows) if not texts[index][start:end].isspace()]
@@ -120,12 +120,12 @@ def judge(
         if quotes is None:
             unjudged.append((index, start, end))
             continue
-        places = locate(texts[index][start:end], [quote.text for quote in quotes])
-        for quote, place in zip(quotes, places, strict=True):
-            if place is None:
+        located = locate(texts[index][start:end], [quote.text for quote in quotes])
+        for quote, span in zip(quotes, located, strict=True):
+            if span is None:
                 dropped += 1
             else:
-                spans.append((index, start + place[0], start + place[1]))
+                spans.append((index, start + span[0], start + span[1]))
                 scores.append(quote.score / MAX_SCORE)
     marked, missing = _offsets(spans), _offsets(unjudged)
     return Verdicts(
@@ -144,9 +144,9 @@ def judge(
 
 
 def conversation(before: str, passage: str, *, again: bool = False) -> Conversation:
-    """What the model is told: the prompt around a passage and the text before it.
+    """The messages that ask about a passage, with the text before it.
 
-    again  the same once more, after an answer that was no JSON: greedy decoding would repeat the answer
+    again  after a malformed answer: the same with a reminder, as greedy decoding would repeat the answer
     """
     fields = {"context": before.strip() or "(The text begins with the passage.)", "passage": passage.strip()}
     return prompt().conversation(fields, again=again)
@@ -155,13 +155,13 @@ def conversation(before: str, passage: str, *, again: bool = False) -> Conversat
 def passages(text: str, size: int = PASSAGE, context: int = CONTEXT) -> list[tuple[int, int, int]]:
     """Cut a text into windows: (start of the context, start, end), in characters, half open.
 
-    The passages `[start, end)` cover the text, each character once, and have at most `size` characters. Each but the
-    last has more than half of that, and ends at the last paragraph, else sentence, else word that ends there; where
-    none does, it is cut at `size`. The context before a passage has at most `context` characters, and begins with a
-    word if one begins in its first half. Raises ValueError for a size below 1 or a context below 0.
+    The passages `[start, end)` cover each character of the text once, and have at most `size` characters. All but the
+    last have more than half of that, and end with the last paragraph, else sentence, else word that ends in their
+    second half; without any, a passage is cut at `size`. The context before a passage has at most `context` characters,
+    and begins with a word if one begins in its first half. Raises ValueError for a size below 1 or a context below 0.
     """
     if size < 1 or context < 0:
-        raise ValueError(f"passages of {size} characters after {context} cannot be cut")
+        raise ValueError(f"passages need a size of 1 or more and a context of 0 or more, not {size} and {context}")
     windows = []
     start = 0
     while start < len(text):
@@ -186,9 +186,9 @@ def parse(answer: str) -> list[Quote] | None:
 def token_scores(verdicts: Verdicts, tokens: Tokens, texts: list[str]) -> np.ndarray:
     """The judge's score of each token of the documents that were judged: (T,) float32.
 
-    It is that of the span that shares a character with the token, the highest where there are several; 0 in a passage
-    that was judged, outside of spans; NaN in one that was not. A token belongs to the passage that holds its first
-    character that is no white space, or, where it has none, its first character.
+    A token has the highest score of the spans that share a character with it; 0 outside of spans in a judged passage;
+    NaN in an unjudged one. A token belongs to the passage with its first non-whitespace character, or, if it has none,
+    with its first character.
     """
     lengths = np.array([len(text) for text in texts], np.int64)
     base = np.concatenate([[0], np.cumsum(lengths + 1)])[:-1]  # one character between documents keeps them apart
@@ -225,7 +225,7 @@ _BORDERS = (
 
 
 def _last_border(text: str, start: int, first: int, last: int) -> int:
-    """Where the last paragraph, sentence or word from `start` on ends, if between `first` and `last`; else `last`."""
+    """The end of the last paragraph, else sentence, else word from `start` on within [first, last]; else `last`."""
     for border in _BORDERS:
         ends = [match.end() for match in border.finditer(text, start, last)]
         if ends and ends[-1] >= first:
