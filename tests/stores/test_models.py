@@ -73,7 +73,7 @@ def test_a_model_that_changed_is_fetched_anew(store, model):
 
 def test_what_is_no_model(store):
     for url in (f"{store.new()}/nothing", f"{store.url.split('://')[0]}://nowhere/model"):
-        with pytest.raises(ModelError, match=f"^no model at {url}: there is nothing in this folder"):
+        with pytest.raises(ModelError, match=f"^no model at {url}: this folder is empty"):
             model_folders.resolve(url)
     with pytest.raises(files.DatasetError, match="no such kind of URL"):
         tokenize.load("gopher://host/model")
