@@ -22,7 +22,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from lacy.cascade.calls import WINDOW, CallScore, Fixed, Quantile, Scores, forbid, scores
-from lacy.cascade.model import Model
+from lacy.cascade.language_model import Model
 from lacy.cascade.partners import Answer, Partner, Request, Sampling, pick
 from lacy.cascade.reader import Reader
 from lacy.cascade.vocabulary import Writing, incomplete

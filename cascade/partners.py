@@ -8,20 +8,20 @@ until there is something to join. With `words`, it writes whole words: up to the
 
 import asyncio
 import re
-import threading
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, Protocol
 
 import httpx
 import numpy as np
 import torch
 
 from lacy.cascade.calls import forbid
-from lacy.cascade.model import Model
+from lacy.cascade.language_model import Model
 from lacy.cascade.reader import Reader
 from lacy.cascade.vocabulary import Vocabulary, incomplete, same
+from lacy.labelers.llm.client import ClientThread
 from lacy.schemas.errors import CascadeError
 
 REST: Final = 4  # more tokens, where the last one leaves a character or a word to be begun
@@ -30,7 +30,6 @@ MOST_BIASED: Final = 300  # tokens that a request can forbid
 RETRY_SECONDS: Final = 0.5
 PAUSE_SECONDS: Final = 60.0  # that a partner which cannot be had is left alone
 
-T = TypeVar("T")
 _FAULTS: Final = (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError, LookupError, TypeError, AttributeError)
 
 
@@ -281,16 +280,9 @@ class Server:
         if vocabulary and not ends:  # one of them may end a text
             forbidden = [] if vocabulary.call_id is None else [vocabulary.call_id]
         self._bias = {str(index): -100 for index in forbidden[:MOST_BIASED]}
-        self._loop = asyncio.new_event_loop()  # in a thread of its own: there may be another loop in this one
-        self._thread = threading.Thread(target=self._loop.run_forever, name="partner", daemon=True)
-        self._thread.start()
-        self._client = httpx.AsyncClient(
-            headers={"Authorization": f"Bearer {key}"} if key else {},
-            timeout=httpx.Timeout(timeout, connect=min(10.0, timeout), pool=None),
-            limits=httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency, keepalive_expiry=2),
-        )
+        self._client = ClientThread(timeout=timeout, key=key, connections=concurrency)
         try:
-            self._model, self._context = self._run(self._pick(model))
+            self._model, self._context = self._client.run(self._pick(model))
             if self._context is not None:
                 self._room = _room(self._context, amount, begin, url)
         except BaseException:
@@ -301,22 +293,15 @@ class Server:
         async def ask() -> list[Answer]:
             return await asyncio.gather(*(self._ask(request) for request in requests))
 
-        return self._run(ask())
+        return self._client.run(ask())
 
     def close(self) -> None:
-        if not self._loop.is_closed():
-            self._run(self._client.aclose())
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join()
-            self._loop.close()
-
-    def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        self._client.close()
 
     async def _pick(self, wanted: str | None) -> tuple[str, int | None]:
         """The model's name, and its context where the server tells it."""
         try:
-            listed = (await self._client.get(f"{self._url}/v1/models")).raise_for_status().json()
+            listed = (await self._client.http.get(f"{self._url}/v1/models")).raise_for_status().json()
             found = {str(entry["id"]): entry.get("max_model_len") for entry in listed["data"]}
         except (*_FAULTS, ExceptionGroup) as error:
             raise CascadeError(f"no partner at {self._url}: {_line(error)}") from None
@@ -330,7 +315,7 @@ class Server:
     async def _ask(self, request: Request) -> Answer:
         try:
             for more in range(REST + 1):
-                response = await self._client.post(f"{self._url}/v1/completions", json=self._body(request, more))
+                response = await self._client.http.post(f"{self._url}/v1/completions", json=self._body(request, more))
                 if response.status_code != 200:
                     status, told = response.status_code, " ".join(response.text.split())[:200]
                     reason = f"{self._url} answered HTTP {status}: {told}"

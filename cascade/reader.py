@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from lacy.cascade.model import Model
+from lacy.cascade.language_model import Model
 from lacy.schemas.errors import CascadeError
 
 GROW = 128  # positions by which slots grow at least

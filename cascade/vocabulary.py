@@ -12,13 +12,13 @@ prompt and of what was added, one after the other.
 import json
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 from tokenizers import Tokenizer, pre_tokenizers
 from transformers import AutoTokenizer
 
+from lacy.labelers.llm.model_folders import resolve
 from lacy.schemas.errors import CascadeError
 
 CALL: Final = "<CALL>"
@@ -140,20 +140,18 @@ def incomplete(data: bytes | bytearray) -> int:
 
 
 def open_vocabulary(name: str, *, trust_remote_code: bool = False) -> tuple[Vocabulary, tuple[int, ...], int | None]:
-    """The tokenizer of a model's folder or hub name; ids that it puts in front of a text; the id that ends one.
+    """The tokenizer of a model's folder or Hub name; ids that it puts in front of a text; the id that ends one.
 
-    Raises CascadeError where there is none, or none that text can be generated with.
+    Raises ModelError for a model that cannot be found, CascadeError for one whose tokenizer cannot generate text.
     """
+    resolved = resolve(name)
     try:
-        opened = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        opened = AutoTokenizer.from_pretrained(resolved, trust_remote_code=trust_remote_code)
         backend: Tokenizer = opened.backend_tokenizer
         full = backend.encode("a", add_special_tokens=True).ids
         plain = backend.encode("a", add_special_tokens=False).ids
     except Exception as error:  # the library raises what its parts raise
-        reason = " ".join(str(error).split())[:200]
-        if not Path(name).is_dir():
-            raise CascadeError(f"{name} is no folder, and no model that the hub gives out ({reason})") from None
-        raise CascadeError(f"no fast tokenizer in {name}: {reason}") from None
+        raise CascadeError(f"no fast tokenizer in {name}: {' '.join(str(error).split())[:200]}") from None
     begin = tuple(full[: len(full) - len(plain)]) if plain and full[-len(plain) :] == plain else ()
     return vocabulary(backend, name), begin, opened.eos_token_id
 

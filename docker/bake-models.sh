@@ -11,7 +11,7 @@ import sys
 from huggingface_hub import snapshot_download
 
 from lacy.labelers.grammar import load_pipeline
-from lacy.labelers.llm.models import PACKAGED, get_model
+from lacy.labelers.llm.model_folders import PACKAGED, get_model
 
 FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
 

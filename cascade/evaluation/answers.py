@@ -7,47 +7,17 @@ full disk cut off is passed over, and its question asked again.
 
 import json
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from pydantic import BaseModel, ConfigDict
 
+from lacy.labelers.llm.chat import Chat, Conversation, Reply
 from lacy.schemas.errors import CascadeError
 from lacy.schemas.files import sha256
 
 PORTION: Final = 64  # conversations; an interruption loses the answers of one portion at most
-
-Conversation = list[dict[str, str]]  # messages, each with "role" and "content"
-
-
-class Reply(Protocol):
-    """What a model said, or why it said nothing: one of the two is None."""
-
-    @property
-    def text(self) -> str | None: ...
-
-    @property
-    def error(self) -> str | None: ...
-
-
-class Chat(Protocol):
-    """A loaded chat model; those of `lacy.labelers.llm.chat` are such."""
-
-    def ask(self, conversations: list[Conversation], schema: dict[str, Any] | None, max_tokens: int) -> Sequence[Reply]:
-        """One reply per conversation, in order, which follows `schema` as far as the model can be made to."""
-        ...
-
-    def close(self) -> None: ...
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A `Reply`."""
-
-    text: str | None
-    error: str | None = None
 
 
 class _Record(BaseModel):
@@ -81,7 +51,7 @@ class Remembering:
         self._portion = portion
         self._known, self._cut_off = _read(path)
 
-    def ask(self, conversations: list[Conversation], schema: dict[str, Any] | None, max_tokens: int) -> list[Answer]:
+    def ask(self, conversations: list[Conversation], schema: dict[str, Any] | None, max_tokens: int) -> list[Reply]:
         """One answer per conversation, in order; those that are equal are asked once.
 
         An error of a single conversation is in its answer, and is not kept. Raises what the model raises, after what it
@@ -102,7 +72,7 @@ class Remembering:
             answered = {key: reply.text for key, reply in zip(portion, replies, strict=True) if reply.text is not None}
             errors |= {key: reply.error for key, reply in zip(portion, replies, strict=True) if reply.text is None}
             self._keep(answered)
-        return [Answer(self._known[key]) if key in self._known else Answer(None, errors[key]) for key in keys]
+        return [Reply(self._known[key]) if key in self._known else Reply(None, errors[key]) for key in keys]
 
     def close(self) -> None:
         """Close the model, if it was loaded. The next question that is not in the file loads it again."""

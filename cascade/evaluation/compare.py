@@ -25,7 +25,7 @@ from rich.text import Text
 
 from lacy.cascade.evaluation import bootstrap, results
 from lacy.cascade.evaluation.results import Result
-from lacy.cascade.model import checkpoint, results_folder
+from lacy.cascade.language_model import checkpoint, results_folder
 from lacy.schemas.errors import CascadeError, TrainingError
 from lacy.schemas.pages import template
 from lacy.trainer import config, logs

@@ -34,13 +34,13 @@ from transformers.modeling_utils import PreTrainedModel
 from lacy.cascade.calls import CALL_SCORES, CallScore, Fitted, Scores, read_fitted, write_fitted
 from lacy.cascade.evaluation import bootstrap, results
 from lacy.cascade.evaluation.results import Result
-from lacy.cascade.model import Model, checkpoint, open_model, results_folder
+from lacy.cascade.language_model import Model, checkpoint, open_model, results_folder
 from lacy.schemas.errors import CascadeError, DatasetError, TrainingError
 from lacy.trainer import shards
 from lacy.trainer.config import TrainConfig, load
 from lacy.trainer.data import held_out
 from lacy.trainer.head import Measures
-from lacy.trainer.model import Learner
+from lacy.trainer.model import Learner, plain_head
 from lacy.trainer.shards import Labels, enough_held_out, open_labels
 
 KIND: Final = "delegation"
@@ -200,6 +200,10 @@ def measure(model: Model, labels: Labels, options: Options, tell: Tell | None = 
     """
     assert options.holdout is not None, "settle() says what is held out"
     _same_vocabulary(model, labels)
+    if not plain_head(model.network):
+        raise CascadeError(
+            f"{model.folder} cannot be measured: its logits are no plain projection (scaled, capped, or with a bias)"
+        )
     context = min(model.context, options.context or CONTEXT)
     batches = held_out(
         labels,
@@ -219,7 +223,7 @@ def measure(model: Model, labels: Labels, options: Options, tell: Tell | None = 
         kept = batch["real"].flatten() & ~ends
         numbers = documents + ends.cumsum(0)
         documents = int(numbers[-1])
-        values = (numbers.int(), *_told(model, batch, first=not columns), batch["factual"].flatten())
+        values = (numbers.int(), *_told(model, batch), batch["factual"].flatten())
         columns.append(tuple(column.cpu()[kept].numpy() for column in values))
         tokens += int(kept.sum())
         if tell is not None:
@@ -424,13 +428,11 @@ def _same_vocabulary(model: Model, labels: Labels) -> None:
 
 
 @torch.inference_mode()
-def _told(model: Model, batch: dict[str, torch.Tensor], first: bool) -> tuple[torch.Tensor, ...]:
+def _told(model: Model, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """margin, uncertainty, correct and nll of the B*T targets of a batch, on the CPU."""
     network = model.network
     ids = batch["ids"].to(model.device)
     positions = batch["positions"].to(model.device) if "positions" in batch else None
-    if first:
-        _require_plain_head(network, ids[:1, :16].long(), model.folder)
     # Without <CALL> in the vocabulary another token stands in for it, and is then counted among the words again.
     call_id = 0 if model.call_id is None else model.call_id
     lse, target, call, top, correct = _measures(network, call_id, ids, positions)
@@ -445,16 +447,6 @@ def _measures(network: PreTrainedModel, call_id: int, ids: torch.Tensor, positio
     found = Learner(network, call_id)(ids, positions, measure=True)
     assert isinstance(found, Measures)
     return found
-
-
-def _require_plain_head(network: PreTrainedModel, ids: torch.Tensor, folder: Path) -> None:
-    """Logits must be hidden states times the output embedding, which `lacy.trainer.head` computes."""
-    layer = network.get_output_embeddings()
-    hidden = network.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    theirs = network(input_ids=ids, use_cache=False).logits.float()
-    ours = torch.nn.functional.linear(hidden, layer.weight).float()
-    if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2 * float(theirs.std())):
-        raise CascadeError(f"{folder}: its logits are no plain projection (scaled, capped, or with a bias)")
 
 
 def _details(tokens: Tokens, weight: float | None) -> dict[str, Any]:

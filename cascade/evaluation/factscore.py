@@ -20,41 +20,18 @@ such a fact is left out of its text's share, and counted.
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from functools import cache
-from hashlib import sha256
-from importlib import resources
-from typing import Annotated, Any, Final, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from lacy.cascade.evaluation.answers import Chat, Conversation
 from lacy.cascade.evaluation.knowledge import Knowledge, Passage
+from lacy.labelers.llm.chat import Chat, Conversation
+from lacy.labelers.llm.prompts import Prompt, ask_json, parse_answer, read_prompt
 
 MAX_FACTS: Final = 24  # of a sentence
 MAX_FACT: Final = 400  # characters
 
-SPLIT_SCHEMA: Final[dict[str, Any]] = {
-    "type": "object",
-    "properties": {
-        "facts": {
-            "type": "array",
-            "maxItems": MAX_FACTS,
-            "items": {"type": "string", "minLength": 1, "maxLength": MAX_FACT},
-        }
-    },
-    "required": ["facts"],
-    "additionalProperties": False,
-}
-VERIFY_SCHEMA: Final[dict[str, Any]] = {
-    "type": "object",
-    "properties": {"supported": {"type": "boolean"}},
-    "required": ["supported"],
-    "additionalProperties": False,
-}
-
 Tell = Callable[[int, int], None]  # done, total: conversations
-T = TypeVar("T")
 
 
 class _Model(BaseModel):
@@ -171,13 +148,20 @@ class Summary(_Model):
     judgements: list[Judgement]
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt as it is shipped; `sha256` is that of its text."""
+class _Facts(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    version: int
-    sha256: str
-    text: str
+    facts: Annotated[list[Annotated[str, Field(min_length=1, max_length=MAX_FACT)]], Field(max_length=MAX_FACTS)]
+
+
+class _Verdict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    supported: bool
+
+
+SPLIT_SCHEMA: Final[dict[str, Any]] = _Facts.model_json_schema()
+VERIFY_SCHEMA: Final[dict[str, Any]] = _Verdict.model_json_schema()
 
 
 def factscore(
@@ -215,10 +199,17 @@ def split(
 
     def conversation(place: int, again: bool) -> Conversation:
         _, entity, sentence = places[place]
-        return _conversation("split", {"entity": entity, "sentence": sentence}, again)
+        return prompt("split").conversation({"entity": entity, "sentence": sentence}, again=again)
 
-    answers = _ask(
-        chat, conversation, len(places), SPLIT_SCHEMA, options.split_tokens, parse_facts, options.batch, tell
+    answers = ask_json(
+        chat,
+        conversation,
+        len(places),
+        SPLIT_SCHEMA,
+        parse_facts,
+        max_tokens=options.split_tokens,
+        batch=options.batch,
+        on_progress=tell,
     )
     facts: list[list[str]] = [[] for _ in texts]
     unsplit: list[list[str]] = [[] for _ in texts]
@@ -259,10 +250,17 @@ def verify(
     def conversation(place: int, again: bool) -> Conversation:
         entity, fact = facts[asked[place]]
         passages = "\n\n".join(f"{passage.title}\n{passage.text}" for passage in reversed(found[asked[place]]))
-        return _conversation("verify", {"entity": entity, "fact": fact, "passages": passages}, again)
+        return prompt("verify").conversation({"entity": entity, "fact": fact, "passages": passages}, again=again)
 
-    answers = _ask(
-        chat, conversation, len(asked), VERIFY_SCHEMA, options.verify_tokens, parse_verdict, options.batch, tell
+    answers = ask_json(
+        chat,
+        conversation,
+        len(asked),
+        VERIFY_SCHEMA,
+        parse_verdict,
+        max_tokens=options.verify_tokens,
+        batch=options.batch,
+        on_progress=tell,
     )
     verdicts: list[tuple[bool | None, str]] = [(False, "")] * len(facts)
     for number, answer in zip(asked, answers, strict=True):
@@ -348,39 +346,21 @@ def sentences(text: str) -> list[str]:
 
 def parse_facts(answer: str) -> list[str] | None:
     """The facts of an answer that follows `SPLIT_SCHEMA`, with or without a code fence around it; else None."""
-    found = _parse(answer, _Facts)
+    found = parse_answer(answer, _Facts)
     return None if found is None else [stripped for fact in found.facts if (stripped := fact.strip())]
 
 
 def parse_verdict(answer: str) -> bool | None:
     """The verdict of an answer that follows `VERIFY_SCHEMA`, with or without a code fence around it; else None."""
-    found = _parse(answer, _Verdict)
+    found = parse_answer(answer, _Verdict)
     return None if found is None else found.supported
 
 
-@cache
 def prompt(name: Literal["split", "verify"]) -> Prompt:
-    """A prompt, as it is shipped."""
-    data = resources.files("lacy.cascade.evaluation").joinpath(f"{name}_prompt.md").read_bytes()
-    text = data.decode()
-    return Prompt(int(text.partition("\n")[0].removeprefix("version:")), sha256(data).hexdigest(), text)
+    """A prompt, as shipped."""
+    return read_prompt("lacy.cascade.evaluation", f"{name}_prompt.md")
 
 
-class _Facts(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-    facts: Annotated[list[Annotated[str, Field(min_length=1, max_length=MAX_FACT)]], Field(max_length=MAX_FACTS)]
-
-
-class _Verdict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-    supported: bool
-
-
-M = TypeVar("M", bound=BaseModel)
-
-_FENCE = re.compile(r"\s*```(?:json)?\s*(.*?)\s*```\s*", re.DOTALL)
 _END = re.compile(r"[.!?][\"')\]\u2019\u201d\u00bb]*\s+|[。！？][」』）]*\s*")  # noqa: RUF001
 _INITIAL = re.compile(r"(?:^|[\s(.])[^\W\d_]\.\s*$")
 _LAST_WORD = re.compile(r"(\S+)\.\s*$")
@@ -408,70 +388,6 @@ def _belong_together(before: str, after: str) -> bool:
         or _INITIAL.search(before) is not None
         or (last is not None and f" {last[1].lstrip('(').lower()} " in _ABBREVIATIONS)
     )
-
-
-def _parse(answer: str, model: type[M]) -> M | None:
-    fenced = _FENCE.fullmatch(answer)
-    try:
-        return model.model_validate_json(fenced[1] if fenced else answer)
-    except (ValidationError, UnicodeEncodeError):
-        return None
-
-
-def _ask(
-    chat: Chat,
-    conversation: Callable[[int, bool], Conversation],
-    count: int,
-    schema: dict[str, Any],
-    max_tokens: int,
-    parse: Callable[[str], T | None],
-    batch: int,
-    tell: Tell | None,
-) -> list[tuple[T | None, str]]:
-    """What is parsed out of the answers to `count` conversations, each with an empty string; or None, and why.
-
-    conversation  of a number, and whether the last answer to it could not be parsed: greedy decoding would repeat it
-
-    What has no usable answer is asked for once more.
-    """
-    values: list[tuple[T | None, str]] = [(None, "")] * count
-    malformed: set[int] = set()
-    todo = list(range(count))
-    done = total = 0
-    for _ in range(2):
-        total += len(todo)
-        for start in range(0, len(todo), batch):
-            portion = todo[start : start + batch]
-            replies = chat.ask([conversation(number, number in malformed) for number in portion], schema, max_tokens)
-            for number, reply in zip(portion, replies, strict=True):
-                value = None if reply.text is None else parse(reply.text)
-                if value is not None:
-                    values[number] = value, ""
-                elif reply.text is None:
-                    values[number] = None, reply.error or "no answer"
-                else:
-                    values[number] = None, "the answer is not JSON in the form that was asked for"
-                    malformed.add(number)
-            done += len(portion)
-            if tell is not None:
-                tell(done, total)
-        todo = [number for number in todo if values[number][0] is None]
-    return values
-
-
-def _conversation(name: Literal["split", "verify"], fields: dict[str, str], again: bool) -> Conversation:
-    system, user, reminder = _sections(prompt(name).text)
-    content = "".join(fields[piece[2:-2]] if piece.startswith("{{") else piece for piece in user)
-    if again:
-        content = f"{content}\n\n{reminder}"
-    return [{"role": "system", "content": system}, {"role": "user", "content": content}]
-
-
-@cache
-def _sections(text: str) -> tuple[str, list[str], str]:
-    """The system text, the pieces of the user's with the fields apart, and what is added when asked again."""
-    system, user, again = (section.strip() for section in re.split(r"^# .*$", text, flags=re.MULTILINE)[1:])
-    return system, re.split(r"(\{\{\w+\}\})", user), again
 
 
 def _item(judgement: Judgement, gamma: float) -> Item:

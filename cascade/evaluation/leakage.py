@@ -22,7 +22,7 @@ from lacy.cascade import generate as generation
 from lacy.cascade.evaluation import delegation, results
 from lacy.cascade.evaluation.results import Result
 from lacy.cascade.generate import Generation
-from lacy.cascade.model import Model, results_folder
+from lacy.cascade.language_model import Model, results_folder
 from lacy.cascade.partners import Partner
 from lacy.schemas.codes import ENT_TYPES
 from lacy.schemas.errors import CascadeError, DatasetError

@@ -27,7 +27,7 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from lacy.cascade.evaluation.results import Result
-from lacy.cascade.model import Model
+from lacy.cascade.language_model import Model
 from lacy.schemas.errors import CascadeError
 
 MAIN: Final = ("acc_norm", "acc")  # the first that a task has is its main metric

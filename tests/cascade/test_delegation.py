@@ -31,7 +31,7 @@ from lacy.cascade.evaluation.delegation import (
     statistics,
     table,
 )
-from lacy.cascade.model import open_model, results_folder
+from lacy.cascade.language_model import open_model, results_folder
 from lacy.schemas.errors import CascadeError
 from lacy.trainer.config import TrainConfig, save
 from lacy.trainer.data import NothingHeldOutError

@@ -11,7 +11,7 @@ from lacy.cascade import generate as generation
 from lacy.cascade.evaluation import results
 from lacy.cascade.evaluation.leakage import LEAST_BEFORE, LONGEST, Options, Pair, contains, evaluate, find_pairs
 from lacy.cascade.generate import Options as Generating
-from lacy.cascade.model import Model, open_model
+from lacy.cascade.language_model import Model, open_model
 from lacy.cascade.partners import Answer, Request
 from lacy.schemas import manifest
 from lacy.schemas.errors import CascadeError, DatasetError

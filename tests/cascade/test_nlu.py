@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 pytest.importorskip("lm_eval")
 
 from lacy.cascade.evaluation import nlu
-from lacy.cascade.model import Model, open_model
+from lacy.cascade.language_model import Model, open_model
 from lacy.schemas.errors import CascadeError
 
 END, CALL = "<|endoftext|>", "<CALL>"

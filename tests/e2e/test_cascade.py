@@ -159,7 +159,11 @@ def test_a_model_as_partner_and_html(run, lacy, partner, tmp_path):
 
 
 MISTAKES = [
-    (["generate", "nowhere", "--prompt", "x"], 1, "nowhere is no folder, and no model"),
+    (
+        ["generate", "nowhere", "--prompt", "x"],
+        1,
+        "nowhere is neither a folder nor in the local cache, and HF_HUB_OFFLINE is set: download",
+    ),
     (["generate", "{tmp}", "--prompt", "x"], 1, "is no run with a checkpoint"),
     (["generate", "{run}"], 1, "nothing to continue: say --prompt TEXT or --prompts FILE"),
     (["generate", "{run}", "--prompt", "x", "--prompts", "{run}/log.jsonl"], 1, "not from both"),

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 from transformers.modeling_utils import PreTrainedModel
 
 from lacy.cascade.vocabulary import Vocabulary, open_vocabulary
+from lacy.labelers.llm.model_folders import resolve
 from lacy.schemas.errors import CascadeError
 from lacy.trainer.checkpoint import newest
 
@@ -83,7 +84,7 @@ def open_model(run: Path | str, *, device: str = "auto", dtype: str = "auto", tr
         raise CascadeError(f"--device {device} cannot be had: say cpu, or cuda where there is a GPU")
     place = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
     folder = checkpoint(Path(run)) if Path(run).is_dir() else Path(run)
-    name = str(folder) if folder.is_dir() else str(run)
+    name = resolve(str(folder))
     vocabulary, begin, end_id = open_vocabulary(name, trust_remote_code=trust_remote_code)
     narrow = dtype == "auto" and place.type == "cuda" and vocabulary.call_id is None
     kind = DTYPES["bfloat16" if narrow else "float32" if dtype == "auto" else dtype]
