@@ -20,6 +20,7 @@ import torch
 
 from lacy.cascade.calls import forbid
 from lacy.cascade.model import Model
+from lacy.cascade.options import Sampling
 from lacy.cascade.reader import Reader
 from lacy.cascade.vocabulary import Vocabulary, incomplete, same
 from lacy.schemas.errors import CascadeError
@@ -32,15 +33,6 @@ PAUSE_SECONDS: Final = 60.0  # that a partner which cannot be had is left alone
 
 T = TypeVar("T")
 _FAULTS: Final = (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError, LookupError, TypeError, AttributeError)
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a model picks its next token: greedily at temperature 0."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
 
 
 @dataclass(frozen=True)

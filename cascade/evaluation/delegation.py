@@ -24,7 +24,7 @@ from typing import Any, Final
 import numpy as np
 import pyarrow as pa
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -33,9 +33,10 @@ from transformers.modeling_utils import PreTrainedModel
 
 from lacy.cascade.calls import CALL_SCORES, CallScore, Fitted, Scores, read_fitted, write_fitted
 from lacy.cascade.evaluation import bootstrap, results
+from lacy.cascade.evaluation.options import DelegationOptions as Options
 from lacy.cascade.evaluation.results import Result
 from lacy.cascade.model import Model, checkpoint, open_model, results_folder
-from lacy.schemas.errors import CascadeError, DatasetError, TrainingError
+from lacy.schemas.errors import CascadeError, DatasetError, UsageError
 from lacy.trainer import shards
 from lacy.trainer.config import TrainConfig, load
 from lacy.trainer.data import held_out
@@ -53,22 +54,6 @@ CONTEXT: Final = 1024  # tokens, where neither the options nor a run say
 _WEIGHTS: Final = np.r_[0, 2 ** np.arange(-6, 8.01, 0.125)]
 
 Tell = Callable[[str, dict[str, Any]], None]  # hears "measure" with {"tokens": so far, "done": share, about}
-
-
-class Options(BaseModel):
-    """What to measure on; None: as the run was trained."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    dataset: str | None = None  # a folder, or a URL of an object store
-    labels: str | None = None
-    holdout: float | None = Field(default=None, gt=0, le=1)  # share of the documents, by a hash of their ids
-    max_tokens: int = Field(default=500_000, ge=1)
-    context: int | None = Field(default=None, ge=2)  # tokens; never more than the model's
-    mask_documents: bool | None = None  # no attention from one document to another
-    batch: int = Field(default=8, ge=1)  # sequences in a forward pass
-    device: str = "auto"
-    dtype: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -375,7 +360,7 @@ def _run(folder: Path) -> TrainConfig | None:
         return None
     try:
         return load({"out": run}, None, resume=True)
-    except (TrainingError, ValidationError):
+    except (UsageError, ValidationError):
         raise CascadeError(f"{run / 'config.yaml'} cannot be read: copy it from where the run was made") from None
 
 

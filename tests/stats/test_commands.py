@@ -12,7 +12,7 @@ from tests.stats.test_report import unpacked
 @pytest.fixture(scope="module")
 def lacy(tmp_path_factory):
     forks = Forks(
-        tmp_path_factory.mktemp("forks"), ("lacy.stats.report", "lacy.stats.show", "lacy.stats.tables", "lacy.commands")
+        tmp_path_factory.mktemp("forks"), ("lacy.stats.report", "lacy.stats.show", "lacy.stats.tables", "lacy.progress")
     )
     yield forks
     forks.close()
