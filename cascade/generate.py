@@ -148,7 +148,7 @@ def generate(
     Raises CascadeError where the model has no <CALL> and the score needs it, and for a prompt that is no Unicode.
     """
     if partner is not None and model.call_id is None and options.call_score != "uncertainty":
-        raise CascadeError(f"{model.folder} has no <CALL>: use --call-score uncertainty, or --partner none")
+        raise CascadeError(f"{model.folder} has no <CALL>: use --call-score uncertainty, or --partner none", usage=True)
     reader = Reader(model, min(options.batch, max(1, len(prompts))), remember=remember)
     forbidden = model.forbidden()
     waiting = iter(enumerate(prompts))

@@ -315,7 +315,7 @@ class Server:
         name = next(iter(found)) if wanted is None and len(found) == 1 else wanted
         if name not in found:
             names = ", ".join(found) or "no model"
-            raise CascadeError(f"{self._url} serves {names}: name one of its models with --partner-model")
+            raise CascadeError(f"{self._url} serves {names}: name one of its models with --partner-model", usage=True)
         context = found[name]
         return name, context if isinstance(context, int) else None
 

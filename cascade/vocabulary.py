@@ -152,7 +152,9 @@ def open_vocabulary(name: str, *, trust_remote_code: bool = False) -> tuple[Voca
     except Exception as error:  # the library raises what its parts raise
         reason = " ".join(str(error).split())[:200]
         if not Path(name).is_dir():
-            raise CascadeError(f"{name} is no folder, and no model that the hub gives out ({reason})") from None
+            raise CascadeError(
+                f"{name} is no folder, and no model that the hub gives out ({reason})", usage=True
+            ) from None
         raise CascadeError(f"no fast tokenizer in {name}: {reason}") from None
     begin = tuple(full[: len(full) - len(plain)]) if plain and full[-len(plain) :] == plain else ()
     return vocabulary(backend, name), begin, opened.eos_token_id

@@ -117,7 +117,7 @@ class Verdicts:
 @lru_cache(maxsize=1)
 def prompt() -> Prompt:
     """The prompt that the judge uses, as it is shipped."""
-    data = resources.files("labelers").joinpath("judge_prompt.md").read_bytes()
+    data = resources.files("lacy.labelers").joinpath("judge_prompt.md").read_bytes()
     text = data.decode()
     return Prompt(int(text.partition("\n")[0].removeprefix("version:")), sha256(data).hexdigest(), text)
 

@@ -76,7 +76,7 @@ def _hours(value: float) -> str:
 
 def show_status(console: Console, status: Any) -> None:
     if status.state == "none":
-        console.print(f"{status.dataset}: no run has started here: there is no manifest.json")
+        console.print(f"{status.dataset}: no run has begun here: there is no manifest.json")
         return
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_row("state", status.state + (f", {status.share:.1%} done" if status.state == "running" else ""))
@@ -106,7 +106,7 @@ def show_status(console: Console, status: Any) -> None:
 
 def status_line(status: Any) -> str:
     if status.state == "none":
-        return f"{status.dataset}: no run has started here"
+        return f"{status.dataset}: no run has begun here"
     done = f"{status.share:.1%} done, " if status.state == "running" else ""
     parts = [f"{status.state}, {done}{_parts_of(status)} parts, {status.tokens:,} tokens, {status.bad:,} bad"]
     if status.state == "running":

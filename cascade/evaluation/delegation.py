@@ -145,7 +145,9 @@ def settle(folder: Path, options: Options) -> tuple[Options, Labels]:
     config = _run(folder)
     dataset = options.dataset or (config.dataset if config else None)
     if dataset is None or (config is None and options.holdout is None):
-        raise CascadeError(f"{folder} is of no run: say with --dataset and --holdout what it was not trained on")
+        raise CascadeError(
+            f"{folder} is of no run: say with --dataset and --holdout what it was not trained on", usage=True
+        )
     if config is None:
         labels = open_labels(dataset, options.labels)
         return options.model_copy(
@@ -156,13 +158,16 @@ def settle(folder: Path, options: Options) -> tuple[Options, Labels]:
         labels = open_labels(dataset, options.labels or (config.labels if same_path else None))
     except DatasetError as error:
         hint = "; where it has moved, name it with --dataset" if options.dataset is None else ""
-        raise CascadeError(f"{error}{hint}") from None
+        raise CascadeError(f"{error}{hint}", usage=error.exit_code == UsageError.exit_code) from None
     holdout = config.holdout if options.holdout is None else options.holdout
     if holdout == 0:
-        raise CascadeError(f"{folder} was trained on all documents: name others with --dataset and --holdout")
+        raise CascadeError(
+            f"{folder} was trained on all documents: name others with --dataset and --holdout", usage=True
+        )
     if holdout > config.holdout and (same_path or labels.fingerprint == _trained_on(folder)):
         raise CascadeError(
-            f"--holdout {holdout:g} has documents that {folder} was trained on: at most {config.holdout:g} was held out"
+            f"--holdout {holdout:g} has documents that {folder} was trained on: it held out {config.holdout:g} at most",
+            usage=True,
         )
     masked = config.mask_documents if options.mask_documents is None else options.mask_documents
     known = {
@@ -209,7 +214,9 @@ def measure(model: Model, labels: Labels, options: Options, tell: Tell | None = 
             tell("measure", {"tokens": tokens, "done": min(1.0, tokens / expected)})
     document, margin, uncertainty, correct, nll, factual = (np.concatenate(c) for c in zip(*columns, strict=True))
     if len(document) == 0 or document[-1] == 0:
-        raise CascadeError(f"--holdout {options.holdout:g} of {labels.root} is one document: two or more are needed")
+        raise CascadeError(
+            f"--holdout {options.holdout:g} of {labels.root} is one document: two or more are needed", usage=True
+        )
     return Tokens(document, None if model.call_id is None else margin, uncertainty, factual, correct, nll)
 
 
@@ -238,7 +245,7 @@ def fit_weight(tokens: Tokens) -> Fitted:
     Raises CascadeError for a model without <CALL>, and where there is no token of either kind.
     """
     if tokens.margin is None:
-        raise CascadeError("a model without <CALL> has no margin to combine: leave out --fit")
+        raise CascadeError("a model without <CALL> has no margin to combine: leave out --fit", usage=True)
     wanted = tokens.factual_wrong
     if wanted.all() or not wanted.any():
         raise CascadeError("--fit needs factual tokens that the model gets wrong, and others: use a larger --holdout")

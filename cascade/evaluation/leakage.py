@@ -140,7 +140,7 @@ def find_pairs(labels: Labels, options: Options, context: int) -> list[Pair]:
     """
     room = min(options.prefix, context - options.new_tokens - 1)
     if room < LEAST_BEFORE:
-        raise CascadeError(f"the model reads {context} tokens: ask for fewer --new-tokens")
+        raise CascadeError(f"the model reads {context} tokens: ask for fewer --new-tokens", usage=True)
     manifest = read_manifest(labels.root)
     digests = {record.name: record.sha256 for record in manifest.parts}
     ranked = (

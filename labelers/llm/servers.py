@@ -80,7 +80,7 @@ class ServerPool:
         backoff: float = 0.5,
     ) -> None:
         if not servers:
-            raise ModelError("no server is named")
+            raise ModelError("no server is named", usage=True)
         if concurrency < 1 or timeout <= 0 or patience < 0 or backoff <= 0:
             raise ValueError("concurrency, timeout and backoff must be above 0, and patience not below")
         self.urls = list(dict.fromkeys(base_url(url) for url in servers))
@@ -407,11 +407,11 @@ def base_url(url: str) -> str:
     try:
         parsed = httpx.URL(url.strip())
     except httpx.InvalidURL:
-        raise ModelError("a server's URL cannot be read: name it like http://127.0.0.1:8000") from None
+        raise ModelError("a server's URL cannot be read: name it like http://127.0.0.1:8000", usage=True) from None
     if parsed.userinfo or parsed.query or parsed.fragment:
-        raise ModelError(f"a server's URL is only scheme, host, port and path; its key goes into {KEYS[0]}")
+        raise ModelError(f"a server's URL is only scheme, host, port and path; its key goes into {KEYS[0]}", usage=True)
     if parsed.scheme not in ("http", "https") or not parsed.host:
-        raise ModelError(f"{url!r} is no server's URL: name it like http://127.0.0.1:8000")
+        raise ModelError(f"{url!r} is no server's URL: name it like http://127.0.0.1:8000", usage=True)
     return str(parsed).rstrip("/").removesuffix("/v1").rstrip("/")
 
 
@@ -428,7 +428,7 @@ def pick_model(pool: ServerPool, name: str, *, exact: bool = False) -> tuple[str
         name = only.pop()
     for url, entries in known.items():
         if name not in entries:
-            raise ModelError(f"{url} has no model {name!r}; it has: {', '.join(entries)}")
+            raise ModelError(f"{url} has no model {name!r}; it has: {', '.join(entries)}", usage=True)
     lengths = [entries[name].get("max_model_len") for entries in known.values()]
     return name, min((length for length in lengths if isinstance(length, int)), default=None)
 
