@@ -59,7 +59,9 @@ def checkpoint(run: Path) -> Path:
         return run
     found = newest(run)
     if found is None:
-        raise CascadeError(f"{run} is no run with a checkpoint, and no model folder: lacy train --out makes one")
+        raise CascadeError(
+            f"{run} is no run with a checkpoint, and no model folder: lacy train --out makes one", usage=True
+        )
     return found
 
 
@@ -79,9 +81,9 @@ def open_model(run: Path | str, *, device: str = "auto", dtype: str = "auto", tr
     Raises CascadeError where it cannot be loaded.
     """
     if dtype != "auto" and dtype not in DTYPES:
-        raise CascadeError(f"--dtype {dtype} is none of auto, {', '.join(DTYPES)}")
+        raise CascadeError(f"--dtype {dtype} is none of auto, {', '.join(DTYPES)}", usage=True)
     if device not in ("auto", "cpu") and not (device.startswith("cuda") and torch.cuda.is_available()):
-        raise CascadeError(f"--device {device} cannot be had: say cpu, or cuda where there is a GPU")
+        raise CascadeError(f"--device {device} cannot be had: say cpu, or cuda where there is a GPU", usage=True)
     place = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
     folder = checkpoint(Path(run)) if Path(run).is_dir() else Path(run)
     name = resolve(str(folder))

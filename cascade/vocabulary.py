@@ -12,6 +12,7 @@ prompt and of what was added, one after the other.
 import json
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -151,7 +152,8 @@ def open_vocabulary(name: str, *, trust_remote_code: bool = False) -> tuple[Voca
         full = backend.encode("a", add_special_tokens=True).ids
         plain = backend.encode("a", add_special_tokens=False).ids
     except Exception as error:  # the library raises what its parts raise
-        raise CascadeError(f"no fast tokenizer in {name}: {' '.join(str(error).split())[:200]}") from None
+        reason = " ".join(str(error).split())[:200]
+        raise CascadeError(f"no fast tokenizer in {name}: {reason}", usage=not Path(name).is_dir()) from None
     begin = tuple(full[: len(full) - len(plain)]) if plain and full[-len(plain) :] == plain else ()
     return vocabulary(backend, name), begin, opened.eos_token_id
 

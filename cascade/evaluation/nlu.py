@@ -195,7 +195,7 @@ def _load(specs: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any], dict[st
     names: list[str] = []
     for spec in specs:
         if spec.endswith((".yaml", ".yml")) and not Path(spec).is_file():
-            raise CascadeError(f"there is no file {spec}")
+            raise CascadeError(f"there is no file {spec}", usage=True)
         found = _local(Path(spec)) if Path(spec).exists() else {}
         local |= found
         names += list(found) or [spec]
@@ -212,7 +212,7 @@ def _load(specs: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any], dict[st
             near = get_close_matches(name, manager.task_index, 3)
             more = f", but {', '.join(near)}" if near else ""
             raise CascadeError(
-                f"there is no task {name}{more}: name one of the harness, a YAML file or a folder of them"
+                f"there is no task {name}{more}: name one of the harness, a YAML file or a folder of them", usage=True
             )
         try:
             loaded = manager.load([name])
@@ -242,9 +242,9 @@ def _local(path: Path) -> dict[str, Any]:
             for entry in found
         ]
     except Exception as error:  # YAML, and Python that it names
-        raise CascadeError(f"{path} is no task: {_one_line(error)}") from None
+        raise CascadeError(f"{path} is no task: {_one_line(error)}", usage=True) from None
     if not entries:
-        raise CascadeError(f"{path} holds no task: a task is a YAML file with a line `task: NAME`")
+        raise CascadeError(f"{path} holds no task: a task is a YAML file with a line `task: NAME`", usage=True)
     return {entry.name: entry for entry in sorted(entries, key=lambda entry: "group" in entry.cfg)}
 
 
