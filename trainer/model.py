@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, GPT2Config, LlamaConfig, PreTrainedConfig
 from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 
-from lacy.schemas.errors import TrainingError
+from lacy.schemas.errors import TrainingError, UsageError
 from lacy.trainer import head
 from lacy.trainer.config import TrainConfig
 from lacy.trainer.head import Measures, Stats
@@ -76,8 +76,12 @@ class Learner(nn.Module):
 def build(config: TrainConfig, labels: Labels) -> PreTrainedModel:
     """The network in float32 on the CPU, with weights from the seed or from the folder that `config.model` names.
 
-    Raises TrainingError when there is no such preset or folder, or when it cannot be trained on these labels.
+    Raises UsageError when the context is longer than the data or the model's positions; TrainingError when there is no
+    such preset or folder, or when it cannot be trained on these labels.
     """
+    tokens = labels.tokens + sum(record.rows for record in labels.records)  # with the end token of each document
+    if config.context and config.context >= tokens:
+        raise UsageError(f"--context {config.context} is longer than the data: {labels.root} has {tokens:,} tokens")
     torch.manual_seed(config.seed)
     if config.model in PRESETS:
         settings = _preset(PRESETS[config.model], config.context, config.dropout, labels)
@@ -86,7 +90,7 @@ def build(config: TrainConfig, labels: Labels) -> PreTrainedModel:
         network = _from_folder(config.model, labels)
     longest = getattr(network.config, "max_position_embeddings", None)
     if config.context and longest and config.context > longest:
-        raise TrainingError(f"--context {config.context} is more than the model's {longest} positions", usage=True)
+        raise UsageError(f"--context {config.context} is more than the model's {longest} positions")
     network.config.architectures = [type(network).__name__]
     network.config.dtype = torch.float32
     network.config.bos_token_id = network.config.eos_token_id = labels.eos_id

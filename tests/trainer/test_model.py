@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GraniteConfig, LlamaConfig
 
-from lacy.schemas.errors import TrainingError
+from lacy.schemas.errors import TrainingError, UsageError
 from lacy.trainer import model, shards
 from lacy.trainer.config import TrainConfig
 from lacy.trainer.model import PRESETS, build
@@ -114,7 +114,11 @@ def test_logits_that_are_no_plain_projection_are_refused(tmp_path, labels):
 def test_what_is_no_model(tmp_path, labels, folder):
     with pytest.raises(TrainingError, match=r"--model gpt5 is neither a preset .* nor a folder with config\.json"):
         build(configured(tmp_path, model="gpt5"), labels)
-    with pytest.raises(TrainingError, match="--context 65 is more than the model's 64 positions"):
+    tokens = labels.tokens + sum(record.rows for record in labels.records)
+    build(configured(tmp_path, model="tiny", context=tokens - 1), labels)
+    with pytest.raises(UsageError, match=f"--context {tokens} is longer than the data"):
+        build(configured(tmp_path, model="tiny", context=tokens), labels)
+    with pytest.raises(UsageError, match="--context 65 is more than the model's 64 positions"):
         build(configured(tmp_path, model=str(folder), context=65), labels)
     (folder / "config.json").write_text("{")
     with pytest.raises(TrainingError, match="cannot read"):
