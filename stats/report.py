@@ -147,7 +147,7 @@ def page(figures: Stats, manifest: Manifest, data: Data, *, spread: bool) -> str
 
 
 def _source(name: str) -> str:
-    return resources.files("stats").joinpath(name).read_text(encoding="utf-8")
+    return resources.files("lacy.stats").joinpath(name).read_text(encoding="utf-8")
 
 
 def _hash(source: str) -> str:
