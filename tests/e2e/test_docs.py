@@ -191,7 +191,7 @@ def test_the_python_of_a_page(workplace, page, small_model):
         block = block.replace("meta-llama/Llama-3.2-1B", str(small_model))
         if any(f"import {name}" in block and not importlib.util.find_spec(name) for name in NOT_IN_THE_LOCKS):
             continue
-        if "annotate" in block:
+        if "lacy.label(" in block:
             run(workplace, "rm -rf labelled")
         done = subprocess.run(
             [sys.executable, "-c", block],
