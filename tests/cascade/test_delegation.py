@@ -383,8 +383,8 @@ def test_a_fitted_weight_is_written_and_used(run, labels):
     checkpoint = run / "checkpoints" / "step-00000007"
     before = evaluate(run)
     assert before.options["weight"] is None and "auc.combined.wrong" not in before.figures
-    (checkpoint / "call.json").write_text("{")  # damaged: a fit writes it anew
-    with pytest.raises(CascadeError, match="--fit writes it anew"):
+    (checkpoint / "call.json").write_text("{")  # damaged: a fit writes it again
+    with pytest.raises(CascadeError, match="write it again with lacy eval delegation --fit"):
         evaluate(run)
     fitted = evaluate(run, fit=True)
     written = read_fitted(checkpoint)

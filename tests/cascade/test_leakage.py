@@ -261,7 +261,9 @@ def test_a_partner_that_does_not_answer_is_no_result(tmp_path, corpus) -> None:
     slm = models.opened(tmp_path / "slm", TOKENIZER, models.gpt2(TOKENIZER, 1))
     options = Options(dataset=str(corpus.root), holdout=0.4, documents="trained", pairs=9)
     partner = Scripted(find_pairs(corpus, options, slm.context), by_kind)
-    with pytest.raises(CascadeError, match=r"^\d+ of \d+ calls in vain \(no number\): the same command measures anew$"):
+    with pytest.raises(
+        CascadeError, match=r"^\d+ of \d+ calls failed \(no number\): rerun the same command to measure again$"
+    ):
         evaluate(slm, partner, options, Generating(budget=1.0))
     assert results.read(slm.folder / "eval", "containment") is None
 
