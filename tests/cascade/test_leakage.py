@@ -114,7 +114,7 @@ def test_a_fact_has_so_many_tokens_before_it_and_in_it(tmp_path) -> None:
         try:
             return bool(find_pairs(labels, Options(documents="held-out", holdout=1), 512))
         except CascadeError as error:
-            assert "no document of" in str(error) and "\n" not in str(error)
+            assert "no held-out document of" in str(error) and "\n" not in str(error)
             return False
 
     assert found(LEAST_BEFORE, LONGEST)
@@ -145,7 +145,7 @@ def test_held_out_and_trained_documents(corpus, tales) -> None:
     assert held and trained and not held & trained
     assert held | trained == {tale.doc_id for tale in tales}
     assert documents("held-out", 0.2) < held
-    with pytest.raises(CascadeError, match=r"no document of .* that is trained has a fact"):
+    with pytest.raises(CascadeError, match=r"no trained document of .* has a fact"):
         documents("trained", 1.0)
 
 
@@ -303,7 +303,7 @@ def test_two_models_are_asked_for_the_same_facts(tmp_path, corpus, slm) -> None:
     assert [e["text"] for e in one.details["examples"]] != [e["text"] for e in other.details["examples"]]
 
 
-def test_what_was_learnt_by_heart_comes_out(tmp_path, slm) -> None:
+def test_what_was_memorized_comes_out(tmp_path, slm) -> None:
     made = marked("tale", tale(3))
     folder = write_model(tmp_path / "heart", [made.text], entries=400, context=160, learn=made.text)
     corpus = opened(tmp_path / "dataset", [made])
