@@ -19,7 +19,7 @@ def scorer(backend: Literal["transformers", "vllm", "server"], model: str, **set
         bos      id put in front of each window, for models that were trained with one; it is never in the output
 
     Raises `ModelError` if the model or the backend's package is missing, `ValueError` for an unknown backend or
-    impossible settings.
+    impossible settings, TypeError for settings that the backend does not have.
     """
     if backend == "transformers":
         from lacy.labelers.llm.transformers_scorer import TransformersScorer

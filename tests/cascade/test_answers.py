@@ -146,7 +146,7 @@ def test_answers_can_be_read_by_others(tmp_path: Path) -> None:
 def test_a_file_of_something_else_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "notes.txt"
     path.write_bytes(content)
-    with pytest.raises(CascadeError, match="no file of answers"):
+    with pytest.raises(CascadeError, match="is not a file of answers"):
         Remembering(never, "m", path)
     assert path.read_bytes() == content
 

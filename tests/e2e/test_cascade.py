@@ -142,7 +142,9 @@ def test_a_server_that_is_killed_in_the_middle(run, lacy, tmp_path):
     with server_process(9) as (url, _):
         failed = lacy("eval", "leakage", run, "--pairs", 12, "--partner", url, "--budget", 0.5)
     assert failed.returncode == 1 and failed.stderr.count("\n") == 1
-    assert re.match(rf"lacy: \d+ of \d+ calls in vain \({url}: .*\): the same command measures anew", failed.stderr)
+    assert re.match(
+        rf"lacy: \d+ of \d+ calls failed \({url}: .*\): rerun the same command to measure again", failed.stderr
+    )
     assert not (run / "eval").exists()
 
 
@@ -164,7 +166,7 @@ MISTAKES = [
         2,
         "nowhere is neither a folder nor in the local cache, and HF_HUB_OFFLINE is set: download",
     ),
-    (["generate", "{tmp}", "--prompt", "x"], 2, "is no run with a checkpoint"),
+    (["generate", "{tmp}", "--prompt", "x"], 2, "is neither a run with a checkpoint nor a model folder"),
     (["generate", "{run}"], 2, "nothing to continue: give --prompt TEXT or --prompts FILE"),
     (["generate", "{run}", "--prompt", "x", "--prompts", "{run}/log.jsonl"], 2, "not from both"),
     (["generate", "{run}", "--prompts", "{tmp}/none.txt"], 2, "none.txt cannot be read: No such file"),
@@ -182,7 +184,7 @@ MISTAKES = [
     ),
     (["generate", "{run}", "--prompt", "x", "--partner", "/no/partner"], 2, "/no/partner"),
     (["generate", "{run}", "--prompt", "x", "--partner", "http://127.0.0.1:9"], 1, "no partner at http://127.0.0.1:9"),
-    (["eval", "delegation", "nowhere"], 2, "is no run with a checkpoint"),
+    (["eval", "delegation", "nowhere"], 2, "is neither a run with a checkpoint nor a model folder"),
     (["eval", "delegation", "{run}", "--holdout", "0.9"], 2, "has documents that"),
     (["eval", "leakage", "{run}", "--new-tokens", "120"], 2, "ask for fewer --new-tokens"),
     (
@@ -190,7 +192,7 @@ MISTAKES = [
         2,
         "x cannot be read",
     ),
-    (["compare", "nowhere"], 2, "is no run with a checkpoint"),
+    (["compare", "nowhere"], 2, "is neither a run with a checkpoint nor a model folder"),
 ]
 
 
@@ -212,7 +214,7 @@ def test_a_mistake_is_one_line(arguments, code, message, lacy, run, partner, tmp
 def test_a_mistake_in_a_process_of_its_own(run):
     done = run_lacy("generate", run, "--prompt", "x", "--partner", "http://127.0.0.1:9", env=OFFLINE)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
-    assert done.stderr.startswith("lacy: no partner at http://127.0.0.1:9: ")
+    assert done.stderr.startswith("lacy: no partner at http://127.0.0.1:9 (")
 
 
 @pytest.fixture(scope="module")

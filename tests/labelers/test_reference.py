@@ -216,7 +216,7 @@ def test_settings_are_checked(folders: dict[str, Path], tmp_path: Path) -> None:
         load(folders["llama"], bos=VOCABULARY)
     with pytest.raises(ValueError, match="dtype"):
         load(folders["llama"], dtype="float31")
-    with pytest.raises(ValueError, match="no setting block_size"):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'block_size'"):
         load(folders["llama"], block_size=16)
     with pytest.raises(ValueError, match="no scorer"):
         loading.scorer("abacus", "model")  # type: ignore[arg-type]
