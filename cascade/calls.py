@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from lacy.cascade.options import CallScore
 from lacy.schemas.errors import CascadeError
 from lacy.schemas.files import write_atomic
 
-CallScore = Literal["margin", "uncertainty", "combined"]
 CALL_SCORES: Final = get_args(CallScore)
 WINDOW: Final = 32  # scores that a running quantile remembers
 LEND, PAY = 16, 8  # positions over which it makes up for too many calls, and for too few

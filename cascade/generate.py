@@ -19,48 +19,23 @@ from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict
 
-from lacy.cascade.calls import WINDOW, CallScore, Fixed, Quantile, Scores, forbid, scores
+from lacy.cascade.calls import WINDOW, Fixed, Quantile, Scores, forbid, scores
 from lacy.cascade.language_model import Model
-from lacy.cascade.partners import Answer, Partner, Request, Sampling, pick
+from lacy.cascade.options import BUDGET
+from lacy.cascade.options import GenerateOptions as Options
+from lacy.cascade.partners import Answer, Partner, Request, pick
 from lacy.cascade.reader import Reader
 from lacy.cascade.vocabulary import Writing, incomplete
 from lacy.schemas.errors import CascadeError
 
-BUDGET = 0.22  # the paper's
 NEW_TEXTS = 8  # first read at a time: the logits of their warm-up are large
 MOST_MISSED = 0.01  # share of failed calls that an evaluation accepts
 PROMPT, SLM, PARTNER = range(3)  # authors
 _SCORES = ("margin", "uncertainty", "score")
 Finish = Literal["end", "length", "context"]
 Author = Literal["slm", "partner", "both"]
-
-
-class Options(BaseModel):
-    """How to generate; each option has a flag of `lacy generate`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    max_new_tokens: int = Field(256, ge=1)
-    temperature: float = Field(0.0, ge=0, allow_inf_nan=False)
-    top_p: float = Field(1.0, gt=0, le=1)
-    seed: int = 0
-    call_score: CallScore = "margin"
-    weight: float = Field(0.0, allow_inf_nan=False)  # of the combined score
-    budget: float | None = Field(None, ge=0, le=1)
-    threshold: float | None = Field(None, allow_inf_nan=False)
-    batch: int = Field(16, ge=1)
-
-    @model_validator(mode="after")
-    def _one_rule(self) -> "Options":
-        if self.budget is not None and self.threshold is not None:
-            raise ValueError("calls are decided by --budget or by --threshold, not by both")
-        return self
-
-    @property
-    def sampling(self) -> Sampling:
-        return Sampling(self.temperature, self.top_p, self.seed)
 
 
 class Token(BaseModel):
@@ -173,7 +148,7 @@ def generate(
     Raises CascadeError if the score needs <CALL> and the model has none, and for a prompt that is not valid Unicode.
     """
     if partner is not None and model.call_id is None and options.call_score != "uncertainty":
-        raise CascadeError(f"{model.folder} has no <CALL>: use --call-score uncertainty, or --partner none")
+        raise CascadeError(f"{model.folder} has no <CALL>: use --call-score uncertainty, or --partner none", usage=True)
     reader = Reader(model, min(options.batch, max(1, len(prompts))), remember=remember)
     forbidden = model.forbidden()
     waiting = iter(enumerate(prompts))

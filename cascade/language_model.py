@@ -59,7 +59,9 @@ def checkpoint(run: Path) -> Path:
         return run
     latest = newest(run)
     if latest is None:
-        raise CascadeError(f"{run} is neither a run with a checkpoint nor a model folder: lacy train --out makes a run")
+        raise CascadeError(
+            f"{run} is neither a run with a checkpoint nor a model folder: lacy train --out makes a run", usage=True
+        )
     return latest
 
 
@@ -79,9 +81,9 @@ def open_model(run: Path | str, *, device: str = "auto", dtype: str = "auto", tr
     Raises CascadeError or ModelError if it cannot be loaded.
     """
     if dtype != "auto" and dtype not in DTYPES:
-        raise CascadeError(f"unknown --dtype {dtype}: use auto, {', '.join(DTYPES)}")
+        raise CascadeError(f"unknown --dtype {dtype}: use auto, {', '.join(DTYPES)}", usage=True)
     if device not in ("auto", "cpu") and not (device.startswith("cuda") and torch.cuda.is_available()):
-        raise CascadeError(f"--device {device} is not available: use cpu, or cuda on a machine with a GPU")
+        raise CascadeError(f"--device {device} is not available: use cpu, or cuda on a machine with a GPU", usage=True)
     target = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
     folder = checkpoint(Path(run)) if Path(run).is_dir() else Path(run)
     name = resolve(str(folder))

@@ -19,6 +19,7 @@ import torch
 
 from lacy.cascade.calls import forbid
 from lacy.cascade.language_model import Model
+from lacy.cascade.options import Sampling
 from lacy.cascade.reader import Reader
 from lacy.cascade.vocabulary import Vocabulary, incomplete, same
 from lacy.labelers.llm.client import ClientThread
@@ -31,15 +32,6 @@ RETRY_SECONDS: Final = 0.5
 PAUSE_SECONDS: Final = 60.0  # without requests to a partner that does not answer
 
 _FAULTS: Final = (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError, LookupError, TypeError, AttributeError)
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a model picks its next token: greedily at temperature 0."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -311,7 +303,7 @@ class Server:
         name = next(iter(contexts)) if wanted is None and len(contexts) == 1 else wanted
         if name not in contexts:
             names = ", ".join(contexts) or "no model"
-            raise CascadeError(f"{self._url} serves {names}: name one of its models with --partner-model")
+            raise CascadeError(f"{self._url} serves {names}: name one of its models with --partner-model", usage=True)
         context = contexts[name]
         return name, context if isinstance(context, int) else None
 

@@ -24,7 +24,7 @@ BUDGET = 0.1
 
 
 def main() -> None:
-    from lacy.cli import known_errors, quiet
+    from lacy.running import known_errors, quiet
 
     console = Console(highlight=False, soft_wrap=True)
     with known_errors():

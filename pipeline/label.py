@@ -83,7 +83,7 @@ def annotate(
     options = options.model_copy(update={"part_bytes": options.part_bytes or default_part_bytes(files)})
     dataset = options.out
     if not _begun(dataset) and any(not name.startswith(".") for name in [*sizes(dataset), *folders(dataset)]):
-        raise DatasetError(f"{dataset} has files in it but is no dataset: name a new folder with --out")
+        raise DatasetError(f"{dataset} has files in it but is no dataset: name a new folder with --out", usage=True)
     with _locked(dataset):
         tokenizer, specs = models_of(options, cluster)
         manifest = begin(options, files, tokenizer, specs)
@@ -253,7 +253,7 @@ def models_of(
         specs["judge"] = _judge(options, cluster)
     here = [spec for spec in specs.values() if spec.backend == "vllm"]
     if options.engine_arg and not here:
-        raise ModelError("--engine-arg is for vLLM, and no model of this run is in vLLM: add --scorer vllm")
+        raise ModelError("--engine-arg is for vLLM, and no model of this run is in vLLM: add --scorer vllm", usage=True)
     if len(here) > 1:  # models that share GPUs share their memory
         for spec in here:
             share = reference_scores.GPU_MEMORY_SHARE / len(here)
@@ -393,9 +393,12 @@ def _same(dataset: Path, found: Manifest, expected: Manifest) -> None:
                 what = f"--{key.replace('_', '-')}" if field == "options" else f"{field} {key}"
                 raise DatasetError(
                     f"{dataset} was begun with {what} {_short(before)}, not {_short(now)}: "
-                    "use what it was begun with, or another --out"
+                    "use what it was begun with, or another --out",
+                    usage=True,
                 )
-    raise DatasetError(f"{dataset} was begun with other corpus files, or they have changed since: use another --out")
+    raise DatasetError(
+        f"{dataset} was begun with other corpus files, or they have changed since: use another --out", usage=True
+    )
 
 
 def _short(value: Any) -> str:

@@ -158,7 +158,9 @@ def read_manifest(dataset: Path) -> Manifest:
     try:
         data = read_bytes(path)
     except FileNotFoundError:
-        raise DatasetError(f"{dataset} is not a dataset: it has no manifest.json (lacy label writes one)") from None
+        raise DatasetError(
+            f"{dataset} is not a dataset: it has no manifest.json (lacy label writes one)", usage=True
+        ) from None
     try:
         manifest = parse(path, data, Manifest)
         version: object = manifest.schema_version

@@ -135,7 +135,7 @@ def pick_labels(dataset: Path, sets: Mapping[str, LabelSet], asked: str | None) 
     """The name of the label set to look at, None when there is none. Raises DatasetError for one that is not there."""
     if asked is not None and asked not in sets:
         there = f"it has {', '.join(sets)}" if sets else "lacy decide makes one"
-        raise DatasetError(f"{dataset} has no label set {asked!r}: {there}")
+        raise DatasetError(f"{dataset} has no label set {asked!r}: {there}", usage=True)
     if asked is None:
         return DEFAULT_LABELS if DEFAULT_LABELS in sets else next(iter(sets), None)
     return asked

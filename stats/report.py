@@ -62,7 +62,7 @@ def write(
     manifest = read_complete(folder)
     require_place(Path(out), folder)
     if isinstance(documents, int) and documents < 0:
-        raise DatasetError(f"{documents} documents: give 0 or more, or their ids")
+        raise DatasetError(f"{documents} documents: give 0 or more, or their ids", usage=True)
     figures = compute(folder, labels, where=where, on_stage=on_stage)
     on_stage("reading documents")
     if isinstance(documents, int):
@@ -147,7 +147,7 @@ def page(figures: Stats, manifest: Manifest, data: Data, *, spread: bool) -> str
 
 
 def _source(name: str) -> str:
-    return resources.files("stats").joinpath(name).read_text(encoding="utf-8")
+    return resources.files("lacy.stats").joinpath(name).read_text(encoding="utf-8")
 
 
 def _hash(source: str) -> str:

@@ -86,7 +86,7 @@ def build(config: TrainConfig, labels: Labels) -> PreTrainedModel:
         network = _from_folder(config.model, labels)
     longest = getattr(network.config, "max_position_embeddings", None)
     if config.context and longest and config.context > longest:
-        raise TrainingError(f"--context {config.context} is more than the model's {longest} positions")
+        raise TrainingError(f"--context {config.context} is more than the model's {longest} positions", usage=True)
     network.config.architectures = [type(network).__name__]
     network.config.dtype = torch.float32
     network.config.bos_token_id = network.config.eos_token_id = labels.eos_id
@@ -195,7 +195,7 @@ def _preset(preset: Preset, context: int | None, dropout: float, labels: Labels)
 def _settings(folder: str) -> PreTrainedConfig:
     if not (Path(folder) / "config.json").is_file():
         raise TrainingError(
-            f"--model {folder} is neither a preset ({', '.join(PRESETS)}) nor a folder with config.json"
+            f"--model {folder} is neither a preset ({', '.join(PRESETS)}) nor a folder with config.json", usage=True
         )
     try:
         return AutoConfig.from_pretrained(folder)
@@ -239,7 +239,8 @@ def _same_tokenizer(folder: str, labels: Labels) -> None:
     if any(ours.get(token) != index for token, index in theirs.items()):
         raise TrainingError(
             f"the tokenizer of {folder} is not the dataset's: label the corpus with --tokenizer {folder}, "
-            f"or train another model"
+            f"or train another model",
+            usage=True,
         )
 
 

@@ -36,6 +36,7 @@ from torch import Tensor
 
 from lacy.schemas.codes import DELEGATE, IGNORE
 from lacy.schemas.hashing import shift, signed, splitmix64
+from lacy.trainer.config import LEARN_SOFTMAX, OBJECTIVES
 from lacy.trainer.head import Stats
 
 Batch = Mapping[str, Tensor]
@@ -51,9 +52,6 @@ _NEEDS: dict[str, frozenset[str]] = {
 }
 _BY_CURRENT_LOSS = frozenset({"lacy", "loss", "rho"})
 _IGNORE = "ignore-"
-
-NAMES: tuple[str, ...] = (*_NEEDS, *(_IGNORE + name for name in _NEEDS if name != "standard"))
-LEARN_SOFTMAX: tuple[str, ...] = ("full", "without_call", "detached")
 
 
 @dataclass(frozen=True)
@@ -74,9 +72,9 @@ class Objective:
 
 
 def parse(text: str) -> Objective:
-    """Raises ValueError for a name that is not in NAMES."""
-    if text not in NAMES:
-        raise ValueError(f"unknown objective {text!r}; choose one of {', '.join(NAMES)}")
+    """Raises ValueError for a name that is not in OBJECTIVES."""
+    if text not in OBJECTIVES:
+        raise ValueError(f"unknown objective {text!r}; choose one of {', '.join(OBJECTIVES)}")
     return Objective(text.removeprefix(_IGNORE), text.startswith(_IGNORE))
 
 

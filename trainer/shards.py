@@ -208,7 +208,9 @@ def _pick(dataset: str, sets: dict[str, LabelSet], asked: str | None) -> LabelSe
     if asked is None:
         asked = DEFAULT_LABELS if DEFAULT_LABELS in sets else next(iter(sets))
     if asked not in sets:
-        raise DatasetError(f"{dataset} has no label set {asked!r}: it has {', '.join(sets)}; lacy decide makes others")
+        raise DatasetError(
+            f"{dataset} has no label set {asked!r}: it has {', '.join(sets)}; lacy decide makes others", usage=True
+        )
     return sets[asked]
 
 

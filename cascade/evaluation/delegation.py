@@ -25,7 +25,7 @@ from typing import Any, Final
 import numpy as np
 import pyarrow as pa
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -34,9 +34,10 @@ from transformers.modeling_utils import PreTrainedModel
 
 from lacy.cascade.calls import CALL_SCORES, CallScore, Fitted, Scores, read_fitted, write_fitted
 from lacy.cascade.evaluation import bootstrap, results
+from lacy.cascade.evaluation.options import DelegationOptions as Options
 from lacy.cascade.evaluation.results import Result
 from lacy.cascade.language_model import Model, checkpoint, open_model, results_folder
-from lacy.schemas.errors import CascadeError, DatasetError, TrainingError
+from lacy.schemas.errors import CascadeError, DatasetError, UsageError
 from lacy.trainer import shards
 from lacy.trainer.config import TrainConfig, load
 from lacy.trainer.data import held_out
@@ -54,22 +55,6 @@ CONTEXT: Final = 1024  # tokens, unless the options or a run say otherwise
 _WEIGHTS: Final = np.r_[0, 2 ** np.arange(-6, 8.01, 0.125)]
 
 Tell = Callable[[str, dict[str, Any]], None]  # gets "measure" and {"tokens": so far, "done": approximate share}
-
-
-class Options(BaseModel):
-    """The documents to measure on, and how; None: as the run was trained."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    dataset: str | None = None  # a folder, or a URL of an object store
-    labels: str | None = None
-    holdout: float | None = Field(default=None, gt=0, le=1)  # share of the documents, by a hash of their ids
-    max_tokens: int = Field(default=500_000, ge=1)
-    context: int | None = Field(default=None, ge=2)  # tokens; never more than the model's
-    mask_documents: bool | None = None  # no attention from one document to another
-    batch: int = Field(default=8, ge=1)  # sequences in a forward pass
-    device: str = "auto"
-    dtype: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -162,7 +147,7 @@ def settle(folder: Path, options: Options) -> tuple[Options, Labels]:
     dataset = options.dataset or (config.dataset if config else None)
     if dataset is None or (config is None and options.holdout is None):
         raise CascadeError(
-            f"{folder} is not in a run: name documents that it was not trained on, --dataset and --holdout"
+            f"{folder} is not in a run: name documents that it was not trained on, --dataset and --holdout", usage=True
         )
     if config is None:
         labels = open_labels(dataset, options.labels)
@@ -174,13 +159,16 @@ def settle(folder: Path, options: Options) -> tuple[Options, Labels]:
         labels = open_labels(dataset, options.labels or (config.labels if same_path else None))
     except DatasetError as error:
         hint = "; if it has moved, name it with --dataset" if options.dataset is None else ""
-        raise CascadeError(f"{error}{hint}") from None
+        raise CascadeError(f"{error}{hint}", usage=error.exit_code == UsageError.exit_code) from None
     holdout = config.holdout if options.holdout is None else options.holdout
     if holdout == 0:
-        raise CascadeError(f"{folder} was trained on all documents: name others with --dataset and --holdout")
+        raise CascadeError(
+            f"{folder} was trained on all documents: name others with --dataset and --holdout", usage=True
+        )
     if holdout > config.holdout and (same_path or labels.fingerprint == _trained_on(folder)):
         raise CascadeError(
-            f"--holdout {holdout:g} has documents that {folder} was trained on: use at most {config.holdout:g}"
+            f"--holdout {holdout:g} has documents that {folder} was trained on: use at most {config.holdout:g}",
+            usage=True,
         )
     masked = config.mask_documents if options.mask_documents is None else options.mask_documents
     known = {
@@ -231,7 +219,9 @@ def measure(model: Model, labels: Labels, options: Options, tell: Tell | None = 
             tell("measure", {"tokens": tokens, "done": min(1.0, tokens / expected)})
     document, margin, uncertainty, correct, nll, factual = (np.concatenate(c) for c in zip(*columns, strict=True))
     if len(document) == 0 or document[-1] == 0:
-        raise CascadeError(f"--holdout {options.holdout:g} of {labels.root} is one document: use two or more")
+        raise CascadeError(
+            f"--holdout {options.holdout:g} of {labels.root} is one document: use two or more", usage=True
+        )
     return Tokens(document, None if model.call_id is None else margin, uncertainty, factual, correct, nll)
 
 
@@ -258,7 +248,7 @@ def fit_weight(tokens: Tokens) -> Fitted:
     Raises CascadeError for a model without <CALL>, and if there is no token of either kind.
     """
     if tokens.margin is None:
-        raise CascadeError("a model without <CALL> has no margin to combine: leave out --fit")
+        raise CascadeError("a model without <CALL> has no margin to combine: leave out --fit", usage=True)
     wanted = tokens.factual_wrong
     if wanted.all() or not wanted.any():
         raise CascadeError("--fit needs factual tokens that the model gets wrong, and others: use a larger --holdout")
@@ -385,7 +375,7 @@ def _run(folder: Path) -> TrainConfig | None:
         return None
     try:
         return load({"out": run}, None, resume=True)
-    except (TrainingError, ValidationError):
+    except (UsageError, ValidationError):
         raise CascadeError(f"{run / 'config.yaml'} cannot be read: copy it from where the run was made") from None
 
 

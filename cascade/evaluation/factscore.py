@@ -25,6 +25,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from lacy.cascade.evaluation.knowledge import Knowledge, Passage
+from lacy.cascade.evaluation.options import FactscoreOptions as Options
 from lacy.labelers.llm.chat import Chat, Conversation
 from lacy.labelers.llm.prompts import Prompt, ask_json, parse_answer, read_prompt
 
@@ -36,22 +37,6 @@ Tell = Callable[[int, int], None]  # conversations done, and their total
 
 class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Options(_Model):
-    """Settings of a score, apart from the texts, the models and the knowledge source.
-
-    gamma          number of facts below which a text's score is reduced; 0 for no penalty
-    passages       number of passages that a fact is checked against
-    split_tokens   limit of tokens for a sentence's facts, `verify_tokens` for a verdict
-    batch          conversations in one call of a model; changes no answer
-    """
-
-    gamma: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 10
-    passages: Annotated[int, Field(ge=1)] = 5
-    split_tokens: Annotated[int, Field(ge=16)] = 768
-    verify_tokens: Annotated[int, Field(ge=8)] = 32
-    batch: Annotated[int, Field(ge=1)] = 64
 
 
 class Split(_Model):

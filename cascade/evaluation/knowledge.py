@@ -221,12 +221,13 @@ def _files(source: Path) -> list[_File]:
     paths = [source] if source.is_file() else sorted(path for path in source.rglob("*") if _is_corpus(path))
     if not paths or not _is_corpus(paths[0]):
         raise CascadeError(
-            f"{source} is not a knowledge source: name a dataset, or files that end in {', '.join(SUFFIXES)}"
+            f"{source} is not a knowledge source: name a dataset, or files that end in {', '.join(SUFFIXES)}",
+            usage=True,
         )
     try:
         return [_File(path, sha256_of(path), False) for path in paths]
     except OSError as error:
-        raise CascadeError(f"{error.filename or source} cannot be read: {error.strerror}") from None
+        raise CascadeError(f"{error.filename or source} cannot be read: {error.strerror}", usage=True) from None
 
 
 def _is_corpus(path: Path) -> bool:

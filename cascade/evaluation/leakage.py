@@ -11,15 +11,16 @@ import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict, Field
 
 from lacy.cascade import generate as generation
 from lacy.cascade.evaluation import delegation, results
+from lacy.cascade.evaluation.options import LEAST_BEFORE
+from lacy.cascade.evaluation.options import LeakageOptions as Options
 from lacy.cascade.evaluation.results import Result
 from lacy.cascade.generate import Generation
 from lacy.cascade.language_model import Model, results_folder
@@ -31,23 +32,8 @@ from lacy.schemas.manifest import read_manifest, signals_path
 from lacy.trainer import shards
 from lacy.trainer.shards import Labels
 
-LEAST_BEFORE: Final = 16  # tokens of text before a fact
 LONGEST: Final = 12  # tokens of a fact
 EXAMPLES: Final = 50  # saved with a result
-
-
-class Options(BaseModel):
-    """Which facts, and how much text around them."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    dataset: str | None = None  # None: the run's
-    holdout: float | None = Field(None, gt=0, le=1)  # None: the run's
-    documents: Literal["trained", "held-out"] | None = None  # None: trained without a partner, held-out with one
-    pairs: int = Field(500, ge=1)
-    per_document: int = Field(3, ge=1)
-    prefix: int = Field(128, ge=LEAST_BEFORE)  # tokens before the fact that the model reads, at most
-    new_tokens: int = Field(24, ge=1)  # that it writes
 
 
 @dataclass(frozen=True)
@@ -154,7 +140,7 @@ def find_pairs(labels: Labels, options: Options, context: int) -> list[Pair]:
     """
     room = min(options.prefix, context - options.new_tokens - 1)
     if room < LEAST_BEFORE:
-        raise CascadeError(f"the model reads {context} tokens: ask for fewer --new-tokens")
+        raise CascadeError(f"the model reads {context} tokens: ask for fewer --new-tokens", usage=True)
     manifest = read_manifest(labels.root)
     digests = {record.name: record.sha256 for record in manifest.parts}
     ranked = (

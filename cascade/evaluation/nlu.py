@@ -195,7 +195,7 @@ def _load(specs: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any], dict[st
     names: list[str] = []
     for spec in specs:
         if spec.endswith((".yaml", ".yml")) and not Path(spec).is_file():
-            raise CascadeError(f"there is no file {spec}: name a task, a YAML file or a folder of them")
+            raise CascadeError(f"there is no file {spec}: name a task, a YAML file or a folder of them", usage=True)
         entries = _local(Path(spec)) if Path(spec).exists() else {}
         local |= entries
         names += list(entries) or [spec]
@@ -211,7 +211,9 @@ def _load(specs: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any], dict[st
         if name not in manager.task_index:
             near = get_close_matches(name, manager.task_index, 3)
             hint = f" (similar: {', '.join(near)})" if near else ""
-            raise CascadeError(f"unknown task {name}{hint}: name one of the harness, a YAML file or a folder of them")
+            raise CascadeError(
+                f"unknown task {name}{hint}: name one of the harness, a YAML file or a folder of them", usage=True
+            )
         try:
             loaded = manager.load([name])
         except Exception as error:  # the libraries may raise anything
@@ -240,9 +242,9 @@ def _local(path: Path) -> dict[str, Any]:
             for entry in tasks
         ]
     except Exception as error:  # YAML, and Python that it names
-        raise CascadeError(f"{path} is not a task: {_one_line(error)}") from None
+        raise CascadeError(f"{path} is not a task: {_one_line(error)}", usage=True) from None
     if not entries:
-        raise CascadeError(f"{path} contains no task: a task is a YAML file with a line `task: NAME`")
+        raise CascadeError(f"{path} contains no task: a task is a YAML file with a line `task: NAME`", usage=True)
     return {entry.name: entry for entry in sorted(entries, key=lambda entry: "group" in entry.cfg)}
 
 

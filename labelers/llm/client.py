@@ -88,11 +88,13 @@ def base_url(url: str) -> str:
     try:
         parsed = httpx.URL(url.strip())
     except httpx.InvalidURL:
-        raise ModelError("a server's URL cannot be read: write it like http://127.0.0.1:8000") from None
+        raise ModelError("a server's URL cannot be read: write it like http://127.0.0.1:8000", usage=True) from None
     if parsed.userinfo or parsed.query or parsed.fragment:
-        raise ModelError(f"a server's URL has only scheme, host, port and path; its key goes into {KEYS[0]}")
+        raise ModelError(
+            f"a server's URL has only scheme, host, port and path; its key goes into {KEYS[0]}", usage=True
+        )
     if parsed.scheme not in ("http", "https") or not parsed.host:
-        raise ModelError(f"{url!r} is not a server's URL: write it like http://127.0.0.1:8000")
+        raise ModelError(f"{url!r} is not a server's URL: write it like http://127.0.0.1:8000", usage=True)
     return str(parsed).rstrip("/").removesuffix("/v1").rstrip("/")
 
 

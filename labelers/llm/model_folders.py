@@ -61,7 +61,7 @@ def get_model(name: str = "smollm2-135m", folder: Path | None = None) -> Path:
     package that the conversion needs is missing.
     """
     if name not in PACKAGED:
-        raise ModelError(f"no embedded model {name!r}; known: {', '.join(PACKAGED)}")
+        raise ModelError(f"no embedded model {name!r}; known: {', '.join(PACKAGED)}", usage=True)
     folder = folder or _home() / "models" / name
     if (folder / "config.json").exists():
         return folder
@@ -78,7 +78,7 @@ def get_model(name: str = "smollm2-135m", folder: Path | None = None) -> Path:
             os.rename(made, folder)
         except OSError as error:
             if not (folder / "config.json").exists():  # else another process was first
-                raise ModelError(f"{folder} exists but is not a model: remove it and try again") from error
+                raise ModelError(f"{folder} exists but is not a model: remove it and try again", usage=True) from error
     return folder
 
 
@@ -111,7 +111,9 @@ def _from_hub(name: str) -> str:
     try:
         cached = [try_to_load_from_cache(name, file) for file in ("config.json", "tokenizer.json")]
     except HFValidationError:
-        raise ModelError(f"{name} is neither a folder nor a name on the Hugging Face Hub: name one of them") from None
+        raise ModelError(
+            f"{name} is neither a folder nor a name on the Hugging Face Hub: name one of them", usage=True
+        ) from None
     if _hub_is_reachable():
         return name
     for path in cached:
@@ -120,7 +122,8 @@ def _from_hub(name: str) -> str:
     reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the Hugging Face Hub cannot be reached"
     raise ModelError(
         f"{name} is neither a folder nor in the local cache, and {reason}: download it on a machine with network "
-        f"(hf download {name}), or name a folder"
+        f"(hf download {name}), or name a folder",
+        usage=True,
     )
 
 
@@ -159,7 +162,7 @@ def _fetched(url: str) -> Path:
         listed = {entry["name"]: entry for entry in patiently(lambda: listing(store, root, store.find), url)}
         files = {name: listed[name] for name in sorted(listed) if not any(p.startswith(".") for p in name.split("/"))}
         if not files:
-            raise ModelError(f"no model at {url}: this folder is empty")
+            raise ModelError(f"no model at {url}: this folder is empty", usage=True)
         versions = [(name, entry["size"], _version(entry)) for name, entry in files.items()]
         key = hashlib.sha256(json.dumps([url, versions]).encode()).hexdigest()[:16]
         folder = _home() / "stored" / f"{root.rpartition('/')[2]}-{key}"
@@ -248,10 +251,14 @@ def fingerprint(model: str) -> dict[str, str]:
     try:
         config = cached_file(resolved, "config.json")
     except (OSError, ValueError) as error:
-        raise ModelError(f"no model {model!r}: neither a folder nor found on the Hub ({_line(error)})") from error
+        raise ModelError(
+            f"no model {model!r}: neither a folder nor found on the Hub ({_line(error)})", usage=True
+        ) from error
     commit = extract_commit_hash(config, None)
     if commit is None:
-        raise ModelError(f"no commit known for the Hub model {model!r}: download it to a folder, and name that")
+        raise ModelError(
+            f"no commit known for the Hub model {model!r}: download it to a folder, and name that", usage=True
+        )
     return {"name": model, "commit": commit}
 
 

@@ -109,7 +109,7 @@ def check_window(
     try:
         settle_window(getattr(config, "max_position_embeddings", None), window, overlap, bos)
     except ValueError as error:
-        raise ModelError(str(error)) from None
+        raise ModelError(str(error), usage=True) from None
 
 
 def spare_window(model: str, *, trust_remote_code: bool = False) -> int:
