@@ -356,7 +356,7 @@ def table(result: Result) -> Table:
         pieces.append(shares)
     pieces.append(
         Text(
-            "By share of tokens called: right among those kept; right among all if the partner were always right;\n"
+            "By share of tokens called: right among those kept; right among all, given a perfect partner;\n"
             f"called among those factual and wrong. In brackets: {bootstrap.LEVEL:.0%} intervals over documents.",
             style="dim",
         )

@@ -111,7 +111,9 @@ def _from_hub(name: str) -> str:
     try:
         cached = [try_to_load_from_cache(name, file) for file in ("config.json", "tokenizer.json")]
     except HFValidationError:
-        raise ModelError(f"{name} is neither a folder nor a name on the Hugging Face Hub: name one of them") from None
+        raise ModelError(
+            f"{name} is neither a folder nor a name on the Hugging Face Hub: name one of them", usage=True
+        ) from None
     if _hub_is_reachable():
         return name
     for path in cached:
@@ -120,7 +122,8 @@ def _from_hub(name: str) -> str:
     reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the Hugging Face Hub cannot be reached"
     raise ModelError(
         f"{name} is neither a folder nor in the local cache, and {reason}: download it on a machine with network "
-        f"(hf download {name}), or name a folder"
+        f"(hf download {name}), or name a folder",
+        usage=True,
     )
 
 

@@ -31,8 +31,8 @@ def test_a_step_is_done_once(recipe, tmp_path, capsys):
     for _ in range(2):
         recipe.step(tmp_path, command)
     assert count.read_text() == "x"
-    assert "done before" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="goes on from here"):
+    assert "already done" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="rerun the same command to resume"):
         recipe.step(tmp_path, [sys.executable, "-c", "raise SystemExit(3)"])
     assert len((tmp_path / "done.jsonl").read_text().splitlines()) == 1
     for _ in range(2):
@@ -61,13 +61,13 @@ def test_the_whole_recipe(tmp_path, small_model):
     for _ in range(2):
         done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=500, cwd=ROOT)
         assert done.returncode == 0, done.stderr
-    assert done.stdout.count("done before") == done.stdout.count("== ") >= 11
+    assert done.stdout.count("already done") == done.stdout.count("== ") >= 11
     learnt = [logs.read(tmp_path / "paper" / name)[-1] for name in ("lacy", "standard")]
     assert all(3000 <= last["gt_tokens"] < 3000 + last["tokens"] / last["step"] for last in learnt), "as many of each"
     command[-3] = "gt-tokens=6000"
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=500, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("done before") == 1, "all but the partner alone is measured anew"
+    assert done.stdout.count("already done") == 1, "all but the partner alone is measured again"
     [row, other] = [line for line in done.stdout.splitlines() if line.split()[:1] in (["lacy"], ["standard"])][:2]
     assert row.count(" % ") + row.count(" %") >= 3 and other.split()[0] == "standard"
     assert (tmp_path / "paper" / "compare.html").read_text().startswith("<!doctype html>")

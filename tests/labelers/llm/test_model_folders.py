@@ -262,7 +262,7 @@ def test_labelling_with_a_model_of_an_unreachable_hub_fails_at_once(tmp_path: Pa
     done = subprocess.run(
         command, cwd=tmp_path, env=os.environ | unreachable, capture_output=True, text=True, timeout=60
     )
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("lacy: gpt2 is neither a folder nor in the local cache")
 
 

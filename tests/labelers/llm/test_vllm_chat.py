@@ -65,7 +65,7 @@ def judge_in_a_process(texts: list[str], others: list[Any], max_tokens: int, tim
         capture_output=True,
         text=True,
         timeout=timeout,
-        cwd=Path(__file__).parents[2],
+        cwd=Path(__file__).parents[3],
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])

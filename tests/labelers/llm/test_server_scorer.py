@@ -46,7 +46,7 @@ def server(model: Path) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def texts(model: Path) -> list[np.ndarray]:
     """The README, cut up."""
-    readme = Path(__file__).parents[2] / "README.md"
+    readme = Path(__file__).parents[3] / "README.md"
     ids = Tokenizer.from_file(str(model / "tokenizer.json")).encode(readme.read_text()).ids
     starts = np.cumsum([0, *LENGTHS])
     assert starts[-1] <= len(ids)
