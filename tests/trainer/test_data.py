@@ -586,7 +586,7 @@ def settings_of(root: Path) -> Path:
 
 REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no dataset": (lambda d: (d / "manifest.json").unlink(), r"is not a dataset: .*lacy label"),
-    "unfinished": (lambda d: edit(d / "manifest.json", lambda m: m.update(state="running")), "is not finished: run"),
+    "unfinished": (lambda d: edit(d / "manifest.json", lambda m: m.update(state="running")), "is not finished: rerun"),
     "no labels": (lambda d: (d / "labels" / "lacy" / "_policy.json").unlink(), "has no labels: lacy decide makes them"),
     "a part without labels": (
         lambda d: edit(d / "labels" / "lacy" / "_policy.json", lambda p: p["parts"].pop()),
