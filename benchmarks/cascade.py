@@ -35,7 +35,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.utils.logging import disable_progress_bar
 
 from lacy.cascade.generate import Generation, Options, generate
-from lacy.cascade.model import Model
+from lacy.cascade.language_model import Model
 from lacy.cascade.partners import Amount, InProcess
 from tests.cascade.models import CALL, END, opened
 

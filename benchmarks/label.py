@@ -32,8 +32,8 @@ os.environ |= ONE_THREAD | {"TOKENIZERS_PARALLELISM": "false"}  # before NumPy a
 import numpy as np  # noqa: E402
 
 from lacy.labelers import grammar, tokenize  # noqa: E402
-from lacy.labelers.llm import models  # noqa: E402
-from lacy.labelers.llm import scorer as reference  # noqa: E402
+from lacy.labelers.llm import model_folders  # noqa: E402
+from lacy.labelers.llm.load import scorer as load_scorer  # noqa: E402
 
 PLAIN_BATCH = 8  # documents
 LACY = Path(sys.executable).with_name("lacy")
@@ -97,7 +97,7 @@ def label(corpus: Path, out: Path, workers: int, *options: str) -> float:
 def grammar_vs_bare(corpus: Path, rows: list[dict[str, str]], folder: Path, rounds: int) -> float:
     nlp = grammar.load_pipeline()
     texts = [row["text"] for row in rows]
-    target = tokenize.load(models.resolve("smollm2-135m"))
+    target = tokenize.load(model_folders.resolve("smollm2-135m"))
     tokens = len(tokenize.encode(target, texts).ids)
     ratios = []
     for number in range(rounds):
@@ -113,10 +113,10 @@ def grammar_vs_bare(corpus: Path, rows: list[dict[str, str]], folder: Path, roun
 
 
 def scorer_vs_plain(rows: list[dict[str, str]], rounds: int) -> float:
-    model = models.resolve("smollm2-135m")
+    model = model_folders.resolve("smollm2-135m")
     tokens = tokenize.encode(tokenize.load(model), [row["text"] for row in rows])
     documents = [ids[:2048] for ids in np.split(tokens.ids, tokens.offsets[1:-1])]
-    scorer = reference.load("transformers", model, dtype="float32", device="cpu")
+    scorer = load_scorer("transformers", model, dtype="float32", device="cpu")
     plain = plain_loop(model)
     total = sum(map(len, documents))
     ratios = []

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lacy.labelers.llm import scorer as reference
+from lacy.labelers.llm import load
 from lacy.labelers.llm.vllm_scorer import VllmScorer
 
 PEAK = {
@@ -78,7 +78,7 @@ def main() -> None:
 def measure(
     model: str, config: LlamaConfig, parameters: int, context: int, batch: int, peak: float | None, arguments: Any
 ) -> list[dict[str, Any]]:
-    scorer = reference.load("vllm", model, window=context, max_batch_tokens=batch)
+    scorer = load.scorer("vllm", model, window=context, max_batch_tokens=batch)
     assert isinstance(scorer, VllmScorer)
     generator = np.random.default_rng(0)
     count = max(2, arguments.tokens // context)

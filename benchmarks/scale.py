@@ -43,7 +43,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPAT
 
 from benchmarks.label import load, write  # noqa: E402  (sets one thread for each library)
 from lacy.labelers import tokenize  # noqa: E402
-from lacy.labelers.llm import models  # noqa: E402
+from lacy.labelers.llm import model_folders  # noqa: E402
 from lacy.labelers.llm.scorer import Scores  # noqa: E402
 from lacy.pipeline.corpus.sources import Range, find_files, plan  # noqa: E402
 from lacy.pipeline.graph import AnnotatePlan, build  # noqa: E402
@@ -141,7 +141,7 @@ def run(ranges: list[Range], workers: int, gpu: float, folder: Path) -> Found:
     """Label `ranges` with workers that have a GPU of so many tokens/s each."""
     dataset, log = folder / "dataset", folder / "asked"
     log.mkdir(parents=True)
-    tokenize.save(tokenize.load(models.resolve(DEFAULT_REFERENCE)), dataset / "tokenizer")
+    tokenize.save(tokenize.load(model_folders.resolve(DEFAULT_REFERENCE)), dataset / "tokenizer")
     admit(dataset, "run")
     spec = ModelSpec(
         role="reference",

@@ -40,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # the process of an engin
 
 from benchmarks.label import label, load, write  # noqa: E402
 from lacy.labelers import tokenize  # noqa: E402
-from lacy.labelers.llm import models  # noqa: E402
+from lacy.labelers.llm import model_folders  # noqa: E402
 from lacy.labelers.llm.engines import Engines, EngineScorer, EngineSpec, run_folder, stop  # noqa: E402
 from lacy.labelers.llm.scorer import plan_spans  # noqa: E402
 from lacy.labelers.llm.server_scorer import ServerScorer  # noqa: E402
@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES)
     arguments = parser.parse_args()
     rows = load(arguments.corpus, 2000)
-    model = models.resolve(arguments.model)
+    model = model_folders.resolve(arguments.model)
     tokens = tokenize.encode(tokenize.load(model), [row["text"] for row in rows[: arguments.documents]])
     documents = [ids[: CONTEXT - 1] for ids in np.split(tokens.ids, tokens.offsets[1:-1])]
     print(f"{len(documents)} documents, {sum(map(len, documents)):,} tokens", flush=True)
@@ -131,14 +131,14 @@ def overlap(rows: list[dict[str, str]], model: str | None, rounds: int) -> float
     ratios = []
     with tempfile.TemporaryDirectory() as folder:
         corpus = write(Path(folder) / "corpus.jsonl", rows[:600])
-        model = models.resolve(model) if model else random_llama(Path(folder) / "model")
+        model = model_folders.resolve(model) if model else random_llama(Path(folder) / "model")
         tokens = tokenize.encode(tokenize.load(model), [row["text"] for row in rows[:600]])
         documents = np.split(tokens.ids, tokens.offsets[1:-1])
-        arguments = {"scorer": "transformers", "model": model, "device": "cpu"}
+        arguments = {"backend": "transformers", "model": model, "device": "cpu"}
         for number in range(rounds):
             alone = ("--reference", "none", "--tokenizer", model, "--policy", "none")
             seconds = {"grammar": len(tokens.ids) / label(corpus, Path(folder) / f"grammar-{number}", 1, *alone)}
-            with engines_of("lacy.labelers.llm.scorer:load", arguments) as engines:
+            with engines_of("lacy.labelers.llm.load:scorer", arguments) as engines:
                 seconds["scoring"] = timed(EngineScorer(engines).score, documents)
             both = ("--reference", model, "--scorer", "transformers", "--engines", 1, "--policy", "none")
             together = len(tokens.ids) / label(corpus, Path(folder) / f"both-{number}", 2, *map(str, both))
@@ -237,7 +237,7 @@ def random_llama(folder: Path) -> str:
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    tokenizer = AutoTokenizer.from_pretrained(models.resolve("smollm2-135m"))
+    tokenizer = AutoTokenizer.from_pretrained(model_folders.resolve("smollm2-135m"))
     tokenizer.save_pretrained(folder)
     config = LlamaConfig(
         vocab_size=len(tokenizer),

@@ -1,13 +1,13 @@
-"""When the small model calls: scores of a position, and thresholds over them.
+"""When the small model calls: the scores of a position, and thresholds on them.
 
 With z the logits at a position and lse the logsumexp of all but <CALL>'s, in float32:
 
-    margin       z[CALL] - lse: the logit of p(<CALL>), which ranks as the probability does but never saturates
+    margin       z[CALL] - lse: the logit of p(<CALL>), which ranks like the probability but never saturates
     uncertainty  1 - the highest probability of the softmax without <CALL>
     combined     margin + weight * uncertainty, the weight fitted on held-out tokens (`lacy eval delegation --fit`)
 
-A call is made where the score is above a fixed threshold, or where it is among the highest of the text so far, so that
-a *budget*, a share of the positions, is held (`Quantile`).
+A call is made where the score is above a fixed threshold, or among the highest of the text so far, which keeps to a
+*budget*, a share of the positions (`Quantile`).
 """
 
 import json
@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from lacy.cascade.options import CallScore
 from lacy.schemas.errors import CascadeError
 from lacy.schemas.files import write_atomic
 
-CallScore = Literal["margin", "uncertainty", "combined"]
 CALL_SCORES: Final = get_args(CallScore)
-WINDOW: Final = 32  # scores that a running quantile looks back on
-LEND, PAY = 16, 8  # positions over which it makes up for calls too many, and for calls too few
+WINDOW: Final = 32  # scores that a running quantile remembers
+LEND, PAY = 16, 8  # positions over which it makes up for too many calls, and for too few
 FITTED: Final = "call.json"  # in a checkpoint's folder
 
 
@@ -36,14 +36,14 @@ class Scores(NamedTuple):
     uncertainty: np.ndarray
 
     def of(self, kind: CallScore, weight: float = 0.0) -> np.ndarray:
-        """(N,) float32: what calls are decided by; `weight` is that of "combined"."""
+        """(N,) float32: the score that decides calls; `weight` is used by "combined"."""
         if kind == "combined":
             return self.margin + np.float32(weight) * self.uncertainty
         return self.margin if kind == "margin" else self.uncertainty
 
 
 class Fitted(BaseModel):
-    """The weight of the combined score, and where it comes from; `call.json` in a checkpoint's folder."""
+    """The fitted weight of the combined score: `call.json` in a checkpoint's folder."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -53,17 +53,17 @@ class Fitted(BaseModel):
 
 
 class Quantile:
-    """A running quantile over a text's own scores, that holds a budget: the share of positions at which a call is made.
+    """A running quantile over a text's own scores that keeps to a budget: the share of positions that call.
 
-    A score is compared with the last WINDOW of the same text, so what one text does depends on no other. Those of its
-    prompt come first, `seen`, and are the warm-up. With g of n such scores higher than this one (equal ones count
-    half), m positions decided and c of them called, a call is made where
+    A score is compared with the last WINDOW scores of the same text, so no text depends on another. The scores of its
+    prompt, `seen`, are the warm-up. If g of n such scores are higher than this one (equal ones count half), and c of
+    the m positions so far called, a call is made where
 
-        g / (n + 1) < budget + owed / h,    owed = budget * m - c,    h = LEND where owed < 0, else PAY
+        g / (n + 1) < budget + owed / h,    owed = budget * m - c,    h = LEND if owed < 0, else PAY
 
-    The last term pays back: where scores drift, or have few distinct values, a plain quantile calls too much or too
-    little. Calls may come in a row, as the tokens of a name do, before it lets none through. A budget of 0 never calls,
-    one of 1 always.
+    The last term pays back: if scores drift, or have few distinct values, a plain quantile calls too often or too
+    rarely. Several calls in a row, as for the tokens of a name, are possible before the term stops them. A budget of 0
+    never calls, one of 1 always.
     """
 
     def __init__(self, budget: float, seen: np.ndarray):
@@ -72,7 +72,7 @@ class Quantile:
         self._made = self._called = 0
 
     def decide(self, score: float, may: bool = True) -> bool:
-        """Whether to call at the next position, which has this score; never where it may not, which is paid back."""
+        """Whether to call at the next position, given its score; never if not `may`, which is paid back later."""
         score = float(score)
         higher = sum(seen > score for seen in self._seen) + sum(seen == score for seen in self._seen) / 2
         owed = self._budget * self._made - self._called
@@ -85,7 +85,7 @@ class Quantile:
 
 
 class Fixed:
-    """A fixed threshold: a call where the score is above it."""
+    """A fixed threshold: a call is made where the score is above it."""
 
     def __init__(self, threshold: float):
         self._threshold = threshold
@@ -96,7 +96,7 @@ class Fixed:
 
 
 def scores(logits: torch.Tensor, call_id: int | None) -> Scores:
-    """The scores of positions with the logits (N, V); without <CALL> in the vocabulary every margin is -inf."""
+    """The scores of N positions from their logits (N, V); without <CALL> in the vocabulary every margin is -inf."""
     logits = logits.float()
     words = forbid(logits, call_id)
     lse = words.logsumexp(-1)
@@ -106,20 +106,20 @@ def scores(logits: torch.Tensor, call_id: int | None) -> Scores:
 
 
 def forbid(logits: torch.Tensor, *ids: int | None) -> torch.Tensor:
-    """The logits (..., V) with -inf at some ids; a copy."""
+    """A copy of the logits (..., V) with -inf at some ids."""
     forbidden = [index for index in ids if index is not None]
     return logits.index_fill(-1, torch.tensor(forbidden, device=logits.device), -torch.inf) if forbidden else logits
 
 
 def read_fitted(checkpoint: Path) -> Fitted | None:
-    """What `lacy eval delegation --fit` found for a checkpoint; None before. Raises CascadeError for a damaged file."""
+    """The result of `lacy eval delegation --fit` for a checkpoint, or None. Raises CascadeError for a damaged file."""
     path = checkpoint / FITTED
     try:
         return Fitted.model_validate_json(path.read_bytes())
     except FileNotFoundError:
         return None
     except (OSError, ValidationError):
-        raise CascadeError(f"{path} cannot be read: lacy eval delegation --fit writes it anew") from None
+        raise CascadeError(f"{path} cannot be read: write it again with lacy eval delegation --fit") from None
 
 
 def write_fitted(checkpoint: Path, fitted: Fitted) -> None:

@@ -1,14 +1,14 @@
-"""Generation with delegation: the small model writes, and where it calls, the partner writes what comes next.
+"""Generation with delegation: the small model writes, and where it calls, the partner writes instead.
 
     for generation in generate(model, ["Odra Venn was born in"], partner, Options(budget=0.22)):
         print(generation.text, [token.by for token in generation.tokens])
 
-At each position of a text the small model reads what stands there, and its call score is compared with a threshold
-(`cascade.calls`). Below it the small model writes its own likeliest token, <CALL> and other tokens without text left
-out; above it the partner is asked, and what it writes becomes tokens of the small model (`lacy.cascade.vocabulary`).
+At each position of a text the small model reads the text so far, and its call score is compared with a threshold
+(`lacy.cascade.calls`). Below it the small model writes its own likeliest token, except <CALL> and other tokens without
+text; above it the partner is asked, and its answer becomes tokens of the small model (`lacy.cascade.vocabulary`).
 
-Texts are written side by side in `batch` slots; one that ends makes room for the next. What a text becomes depends on
-its prompt, its place among the prompts where tokens are sampled, and the options; not on the others.
+Texts are written side by side in `batch` slots; one that ends makes room for the next. A text depends on its prompt,
+the options and, if tokens are sampled, its index among the prompts; never on the other texts.
 """
 
 import math
@@ -19,58 +19,33 @@ from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict
 
-from lacy.cascade.calls import WINDOW, CallScore, Fixed, Quantile, Scores, forbid, scores
-from lacy.cascade.model import Model
-from lacy.cascade.partners import Answer, Partner, Request, Sampling, pick
+from lacy.cascade.calls import WINDOW, Fixed, Quantile, Scores, forbid, scores
+from lacy.cascade.language_model import Model
+from lacy.cascade.options import BUDGET
+from lacy.cascade.options import GenerateOptions as Options
+from lacy.cascade.partners import Answer, Partner, Request, pick
 from lacy.cascade.reader import Reader
 from lacy.cascade.vocabulary import Writing, incomplete
 from lacy.schemas.errors import CascadeError
 
-BUDGET = 0.22  # the paper's
-NEW_TEXTS = 8  # read side by side: the logits of their warm-up are large
-MOST_MISSED = 0.01  # of the calls, in an evaluation
+NEW_TEXTS = 8  # first read at a time: the logits of their warm-up are large
+MOST_MISSED = 0.01  # share of failed calls that an evaluation accepts
 PROMPT, SLM, PARTNER = range(3)  # authors
 _SCORES = ("margin", "uncertainty", "score")
 Finish = Literal["end", "length", "context"]
 Author = Literal["slm", "partner", "both"]
 
 
-class Options(BaseModel):
-    """How to generate; each has a flag of `lacy generate`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    max_new_tokens: int = Field(256, ge=1)
-    temperature: float = Field(0.0, ge=0, allow_inf_nan=False)
-    top_p: float = Field(1.0, gt=0, le=1)
-    seed: int = 0
-    call_score: CallScore = "margin"
-    weight: float = Field(0.0, allow_inf_nan=False)  # of the combined score
-    budget: float | None = Field(None, ge=0, le=1)
-    threshold: float | None = Field(None, allow_inf_nan=False)
-    batch: int = Field(16, ge=1)
-
-    @model_validator(mode="after")
-    def _one_rule(self) -> "Options":
-        if self.budget is not None and self.threshold is not None:
-            raise ValueError("a call is decided by --budget or by --threshold, not by both")
-        return self
-
-    @property
-    def sampling(self) -> Sampling:
-        return Sampling(self.temperature, self.top_p, self.seed)
-
-
 class Token(BaseModel):
-    """A token of the small model's, behind the prompt.
+    """A token of the small model's vocabulary, behind the prompt.
 
     text    characters that it completes; those of all tokens make up the text
-    by      who wrote them; "both" where a token holds characters of the small model and of the partner
-    margin, uncertainty, score  at the position where it was written; None for the further tokens of an answer
+    by      their author; "both" if the token has characters of the small model and of the partner
+    margin, uncertainty, score  at the position where it was written; None for further tokens of an answer
     called  whether the partner was asked there
-    missed  whether it was asked in vain
+    missed  whether that call failed
     """
 
     model_config = ConfigDict(frozen=True)
@@ -86,15 +61,15 @@ class Token(BaseModel):
 
 
 class Generation(BaseModel):
-    """What became of a prompt.
+    """The continuation of a prompt.
 
-    finish          "end": the text came to its end; "length": it has as many tokens as were asked for (the partner's
-                    last answer may go beyond); "context": the small model cannot read more
-    positions       at which something was written; `calls` of them asked the partner, `missed` of these in vain
-    partner_tokens  of the partner's own tokenizer
-    seconds         from its first token to its last, with those of the texts beside it
-    partner_seconds of these, spent on waiting for the partner
-    failure         why the partner did not answer, the last time that it did not
+    finish          "end": the text ended by itself; "length": it has the number of tokens asked for (the partner's last
+                    answer may exceed it); "context": the small model cannot read more
+    positions       number of positions decided; `calls` of them asked the partner, `missed` of the calls failed
+    partner_tokens  tokens of the partner's own tokenizer
+    seconds         from its first token to its last, including work on the texts beside it
+    partner_seconds of these, spent waiting for the partner
+    failure         why the last failed call failed
     """
 
     model_config = ConfigDict(frozen=True)
@@ -115,7 +90,7 @@ class Generation(BaseModel):
 
 @dataclass(frozen=True)
 class Piece:
-    """Characters as they are written; `missed` where the partner should have written them."""
+    """Characters as they are written; `missed` if the partner should have written them."""
 
     index: int
     text: str
@@ -125,7 +100,7 @@ class Piece:
 
 @dataclass
 class _Decision:
-    at: int  # bytes of text before it
+    offset: int  # bytes of text before it
     margin: float
     uncertainty: float
     score: float
@@ -135,7 +110,7 @@ class _Decision:
 
 @dataclass
 class _Text:
-    """One that is being written."""
+    """A text in progress."""
 
     index: int
     prompt: str
@@ -147,12 +122,12 @@ class _Text:
     prompt_bytes: int
     prompt_ids: int
     decisions: list[_Decision]
-    told: int  # bytes
+    shown: int  # bytes that `on_piece` has received
     partner_tokens: int = 0
     partner_seconds: float = 0.0
     failure: str | None = None
     finish: Finish | None = None
-    ended_by: int | None = None  # who wrote an end token
+    ended_by: int | None = None  # author of the end token
 
 
 def generate(
@@ -164,16 +139,16 @@ def generate(
     on_piece: Callable[[Piece], None] | None = None,
     remember: bool = True,
 ) -> Iterator[Generation]:
-    """Continue prompts; yields as texts end, not in the order of the prompts (`Generation.index`).
+    """Continue prompts; yields each text when it ends, not in the order of the prompts (`Generation.index`).
 
     partner   None: calls are forbidden. Wrap it in `lacy.cascade.partners.Patient`, which does not raise
-    on_piece  is told of characters as they are written
-    remember  keep keys and values; without, each step reads all texts anew
+    on_piece  receives characters as they are written
+    remember  cache keys and values; otherwise each step reads all texts again
 
-    Raises CascadeError where the model has no <CALL> and the score needs it, and for a prompt that is no Unicode.
+    Raises CascadeError if the score needs <CALL> and the model has none, and for a prompt that is not valid Unicode.
     """
     if partner is not None and model.call_id is None and options.call_score != "uncertainty":
-        raise CascadeError(f"{model.folder} has no <CALL>: use --call-score uncertainty, or --partner none")
+        raise CascadeError(f"{model.folder} has no <CALL>: use --call-score uncertainty, or --partner none", usage=True)
     reader = Reader(model, min(options.batch, max(1, len(prompts))), remember=remember)
     forbidden = model.forbidden()
     waiting = iter(enumerate(prompts))
@@ -192,10 +167,10 @@ def generate(
         if not texts:
             return
         groups = [old, *(fresh[first : first + NEW_TEXTS] for first in range(0, len(fresh), NEW_TEXTS))]
-        logits = [found for group in groups if group for found in _read(model, reader, group, partner, options)]
+        logits = [row for group in groups if group for row in _read(model, reader, group, partner, options)]
         _step(model, texts, torch.stack(logits), partner, options, forbidden)
         for text in texts:
-            _tell(text, on_piece)
+            _show(text, on_piece)
             if text.finish:
                 free.append(text.slot)
                 yield _generation(model, text)
@@ -204,11 +179,11 @@ def generate(
 
 
 def require_answered(texts: Sequence[Generation]) -> None:
-    """Raises CascadeError where more than MOST_MISSED of the calls were in vain: that measures no cascade."""
+    """Raise CascadeError if more than MOST_MISSED of the calls failed: the figures would not be those of a cascade."""
     calls, missed = sum(text.calls for text in texts), sum(text.missed for text in texts)
     if missed > MOST_MISSED * calls:
         reason = next(text.failure for text in texts if text.failure)
-        raise CascadeError(f"{missed:,} of {calls:,} calls in vain ({reason}): the same command measures anew")
+        raise CascadeError(f"{missed:,} of {calls:,} calls failed ({reason}): rerun the same command to measure again")
 
 
 def _begin(model: Model, index: int, prompt: str, slot: int, options: Options) -> _Text:
@@ -227,7 +202,7 @@ def _begin(model: Model, index: int, prompt: str, slot: int, options: Options) -
         prompt_bytes=len(writing.data),
         prompt_ids=len(writing.ids),
         decisions=[],
-        told=len(writing.data),
+        shown=len(writing.data),
     )
     if len(model.begun(writing.ids)) > model.context:
         text.finish = "context"
@@ -237,18 +212,18 @@ def _begin(model: Model, index: int, prompt: str, slot: int, options: Options) -
 def _read(
     model: Model, reader: Reader, texts: list[_Text], partner: Partner | None, options: Options
 ) -> Iterator[torch.Tensor]:
-    """(V,) logits behind each text. A text that is read for the first time gets its rule, from its prompt's scores."""
+    """(V,) logits behind each text. A text that is read for the first time gets its rule from its prompt's scores."""
     is_new = texts[0].rule is None
     last = WINDOW + 1 if is_new and partner is not None and options.threshold is None else 1
     logits = reader.read([t.slot for t in texts], [model.begun(t.writing.ids) for t in texts], last)
     if is_new:
-        for text, found in zip(texts, logits, strict=True):
+        for text, rows in zip(texts, logits, strict=True):
             if partner is None:
                 text.rule = Fixed(math.inf)
             elif options.threshold is not None:
                 text.rule = Fixed(options.threshold)
             else:
-                read = found[:-1][~found[:-1, 0].isnan()]
+                read = rows[:-1][~rows[:-1, 0].isnan()]
                 seen = scores(read, model.call_id).of(options.call_score, options.weight)
                 text.rule = Quantile(BUDGET if options.budget is None else options.budget, seen)
     return iter(logits[:, -1])
@@ -262,31 +237,27 @@ def _step(
     options: Options,
     forbidden: list[int],
 ) -> None:
-    """One position of each text, with the logits (b, V) behind it."""
-    found = scores(logits, model.call_id)
-    called = _decide(texts, found, partner, options)
+    """Write one position of each text, given the logits (b, V) behind it."""
+    called = _decide(texts, scores(logits, model.call_id), partner, options)
     draws = np.array([text.random.random() for text in texts])
     answers: dict[int, Answer] = {}
-    asked = [place for place, text in enumerate(texts) if called[place]]
+    asked = [i for i, call in enumerate(called) if call]
     if asked and partner is not None:
         began = time.monotonic()
-        requests = [
-            Request(texts[place].slot, texts[place].writing.text, texts[place].writing.ids, float(draws[place]))
-            for place in asked
-        ]
+        requests = [Request(texts[i].slot, texts[i].writing.text, texts[i].writing.ids, float(draws[i])) for i in asked]
         answers = dict(zip(asked, partner.answer(requests), strict=True))
-        for place in asked:
-            texts[place].partner_seconds += time.monotonic() - began
+        for i in asked:
+            texts[i].partner_seconds += time.monotonic() - began
     own = pick(forbid(logits, *forbidden), options.sampling, draws)
-    for place, text in enumerate(texts):
-        answer = answers.get(place)
-        if answer is not None and _take(model, text, answer):
+    for i, text in enumerate(texts):
+        answer = answers.get(i)
+        if answer is not None and _join(model, text, answer):
             continue
-        if answer is not None:  # asked in vain
+        if answer is not None:  # a failed call
             text.decisions[-1].missed = True
             text.failure = answer.failure or "an empty answer"
-        text.writing.add(own[place], SLM)
-        if own[place] in model.end_ids:
+        text.writing.add(own[i], SLM)
+        if own[i] in model.end_ids:
             text.finish, text.ended_by = "end", SLM
     for text in texts:
         if text.finish is None and len(text.writing.ids) - text.prompt_ids >= options.max_new_tokens:
@@ -295,20 +266,20 @@ def _step(
             text.finish = "context"
 
 
-def _decide(texts: list[_Text], found: Scores, partner: Partner | None, options: Options) -> list[bool]:
-    """Whether each text calls. In the middle of a character none does that hands characters over."""
-    score = found.of(options.call_score, options.weight)
-    for place, text in enumerate(texts):
+def _decide(texts: list[_Text], positions: Scores, partner: Partner | None, options: Options) -> list[bool]:
+    """Whether each text calls; never in the middle of a character if the partner answers with characters."""
+    score = positions.of(options.call_score, options.weight)
+    for i, text in enumerate(texts):
         assert text.rule is not None, "made when the prompt was read"
         may = partner is not None and (partner.by_ids or not text.writing.mid_character)
-        called = text.rule.decide(score[place], may)
-        of = float(found.margin[place]), float(found.uncertainty[place]), float(score[place])
-        text.decisions.append(_Decision(len(text.writing.data), *of, called))
+        called = text.rule.decide(score[i], may)
+        values = float(positions.margin[i]), float(positions.uncertainty[i]), float(score[i])
+        text.decisions.append(_Decision(len(text.writing.data), *values, called))
     return [text.decisions[-1].called for text in texts]
 
 
-def _take(model: Model, text: _Text, answer: Answer) -> bool:
-    """Join an answer on; False where there is nothing in it."""
+def _join(model: Model, text: _Text, answer: Answer) -> bool:
+    """Append an answer; False if it is empty or a failure."""
     if answer.failure or not (answer.ids or answer.text or answer.ended):
         return False
     text.partner_tokens += answer.tokens
@@ -325,22 +296,22 @@ def _take(model: Model, text: _Text, answer: Answer) -> bool:
     return True
 
 
-def _tell(text: _Text, on_piece: Callable[[Piece], None] | None) -> None:
-    """What is new and complete; the rest, with the last of it, when the text has ended."""
+def _show(text: _Text, on_piece: Callable[[Piece], None] | None) -> None:
+    """Pass on the new complete characters; all bytes that are left once the text has ended."""
     data = text.writing.data
     until = len(data) if text.finish else len(data) - incomplete(data)
-    if on_piece is None or until <= text.told:
+    if on_piece is None or until <= text.shown:
         return
-    piece = bytes(data[text.told : until]).decode(errors="replace")
-    by = _by(text.writing.authors[text.told : until], SLM)
+    piece = bytes(data[text.shown : until]).decode(errors="replace")
+    by = _by(text.writing.authors[text.shown : until], SLM)
     on_piece(Piece(text.index, piece, by, text.decisions[-1].missed))
-    text.told = until
+    text.shown = until
 
 
-def _by(authors: bytes | bytearray, without: int) -> Author:
-    """Who wrote these bytes; `without` any, the author given."""
-    found = set(authors) - {PROMPT} or {without}
-    return "both" if len(found) > 1 else "partner" if PARTNER in found else "slm"
+def _by(authors: bytes | bytearray, default: int) -> Author:
+    """The author of some bytes; `default` if there are none."""
+    writers = set(authors) - {PROMPT} or {default}
+    return "both" if len(writers) > 1 else "partner" if PARTNER in writers else "slm"
 
 
 def _generation(model: Model, text: _Text) -> Generation:
@@ -362,34 +333,34 @@ def _generation(model: Model, text: _Text) -> Generation:
 
 
 def _tokens(model: Model, text: _Text) -> list[Token]:
-    """The tokens that hold characters behind the prompt, each with the last decision made in it."""
+    """The tokens with characters behind the prompt, each with the last decision made in it."""
     writing = text.writing
-    first = next((place for place, end in enumerate(writing.ends) if end > text.prompt_bytes), len(writing.ends))
+    first = next((i for i, end in enumerate(writing.ends) if end > text.prompt_bytes), len(writing.ends))
     if text.ended_by is not None and first == len(writing.ends):
         first -= 1  # the end token alone
     ends = np.array(writing.ends[first:], np.int64)
     starts = np.concatenate([[text.prompt_bytes], ends[:-1]]) if len(ends) else ends
     decided = dict(
-        zip(np.searchsorted(ends, [d.at for d in text.decisions], side="right"), text.decisions, strict=True)
+        zip(np.searchsorted(ends, [d.offset for d in text.decisions], side="right"), text.decisions, strict=True)
     )
-    if text.ended_by is not None and text.decisions[-1].at == len(writing.data):
+    if text.ended_by is not None and text.decisions[-1].offset == len(writing.data):
         decided[len(ends) - 1] = text.decisions[-1]  # the end token has no bytes
     data = bytes(writing.data)
     tokens = []
     shown = text.prompt_bytes
-    for place, (start, end) in enumerate(zip(starts, ends, strict=True)):
-        until = len(data) if place == len(ends) - 1 else end - _open(data, int(end))
+    for i, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        until = len(data) if i == len(ends) - 1 else end - _open(data, int(end))
         until = max(until, shown)
-        decision = decided.get(place)
-        told = {} if decision is None else {name: getattr(decision, name) for name in _SCORES}
+        decision = decided.get(i)
+        values = {} if decision is None else {name: getattr(decision, name) for name in _SCORES}
         tokens.append(
             Token(
-                id=writing.ids[first + place],
+                id=writing.ids[first + i],
                 text=data[shown:until].decode(errors="replace"),
                 by=_by(writing.authors[start:end], text.ended_by or SLM),
                 called=bool(decision and decision.called),
                 missed=bool(decision and decision.missed),
-                **{name: value for name, value in told.items() if math.isfinite(value)},
+                **{name: value for name, value in values.items() if math.isfinite(value)},
             )
         )
         shown = until
@@ -397,5 +368,5 @@ def _tokens(model: Model, text: _Text) -> list[Token]:
 
 
 def _open(data: bytes, end: int) -> int:
-    """How many bytes before `end` begin a character that is complete only behind it."""
+    """The number of bytes before `end` that begin a character which is completed behind it."""
     return incomplete(data[max(0, end - 4) : end]) if end < len(data) and data[end] & 0xC0 == 0x80 else 0

@@ -1,55 +1,46 @@
 """The larger models that answer calls: in this process, through `transformers` or vLLM, or on a server.
 
-A partner is asked for several texts at once, and says for each what comes next: token ids, where it cuts text exactly
-as the small model does, else characters. What it writes next may be a piece of a character, or a space with nothing
-behind it, which the small model would have as one token with the word behind; it then goes on, by a few tokens at most,
-until there is something to join. With `words`, it writes whole words: up to the next white space behind them.
+A partner continues several texts at once: with token ids if it tokenizes exactly as the small model does, else with
+characters. Its next token may be part of a character, or a space alone, which the small model would write in one token
+with the following word. The partner then writes a few more tokens at most, until there is something to join. With
+`words`, it writes whole words, up to the white space behind them.
 """
 
 import asyncio
 import re
-import threading
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, Protocol
 
 import httpx
 import numpy as np
 import torch
 
 from lacy.cascade.calls import forbid
-from lacy.cascade.model import Model
+from lacy.cascade.language_model import Model
+from lacy.cascade.options import Sampling
 from lacy.cascade.reader import Reader
 from lacy.cascade.vocabulary import Vocabulary, incomplete, same
+from lacy.labelers.llm.client import ClientThread
 from lacy.schemas.errors import CascadeError
 
-REST: Final = 4  # more tokens, where the last one leaves a character or a word to be begun
+REST: Final = 4  # further tokens, if the last one ends within a character or before a word
 WORD_TOKENS: Final = 8  # of one word, at most
 MOST_BIASED: Final = 300  # tokens that a request can forbid
 RETRY_SECONDS: Final = 0.5
-PAUSE_SECONDS: Final = 60.0  # that a partner which cannot be had is left alone
+PAUSE_SECONDS: Final = 60.0  # without requests to a partner that does not answer
 
-T = TypeVar("T")
 _FAULTS: Final = (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError, LookupError, TypeError, AttributeError)
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a model picks its next token: greedily at temperature 0."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
 
 
 @dataclass(frozen=True)
 class Request:
     """A text that calls.
 
-    slot   that the text keeps while it grows; memory of it may be kept under this number
+    slot   number that the text keeps while it grows, so that a partner may cache it
     text   its complete characters
-    ids    the small model's tokens of it, without what stands before a text
+    ids    the small model's tokens of it, without those that begin every text
     draw   a number in [0, 1) to sample with
     """
 
@@ -61,12 +52,12 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """What comes next: `ids` where the partner has the small model's tokenizer, else `text`; or why there is nothing.
+    """The continuation: `ids` if the partner has the small model's tokenizer, else `text`; or a failure.
 
-    ended    the text ends behind it
-    tokens   that the partner wrote, of its own
-    failure  one line; there is no answer then
-    gone     the failure is the partner's, whatever it is asked
+    ended    whether the text ends behind it
+    tokens   number of the partner's own tokens
+    failure  why there is no answer, in one line
+    gone     whether the failure is the partner's, whatever it is asked
     """
 
     text: str = ""
@@ -80,15 +71,15 @@ class Answer:
 class Partner(Protocol):
     """A larger model.
 
-    name    for the reader of the output
-    by_ids  whether token ids cross; else characters do, and a text cannot call in the middle of one
+    name    for people who read the output
+    by_ids  whether answers are token ids; else they are characters, and a text cannot call in the middle of one
     """
 
     name: str
     by_ids: bool
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """One answer for each request, in order. May raise: then none is answered."""
+        """One answer for each request, in order. If it raises, no request is answered."""
         ...
 
     def close(self) -> None:
@@ -98,27 +89,27 @@ class Partner(Protocol):
 
 @dataclass(frozen=True)
 class Amount:
-    """How much a partner writes for one call: so many of its tokens, or so many words."""
+    """How much a partner writes for one call: a number of its tokens, or of words."""
 
     tokens: int = 1
     words: int | None = None
 
     @property
     def most(self) -> int:
-        """Tokens at most, beside those that go on from a piece of a character."""
+        """The most tokens, apart from those that complete a character."""
         return self.tokens if self.words is None else WORD_TOKENS * self.words
 
     def cut(self, written: bytes) -> bytes | None:
-        """The words that were asked for, once white space stands behind them; None before, or without `words`."""
+        """The words asked for, once white space follows them; None before that, or without `words`."""
         if self.words is None:
             return None
         text = written[: len(written) - incomplete(written)].decode(errors="replace")
-        found = re.match(rf"(?:\s*+\S++){{{self.words}}}(?=\s)", text)
-        return found[0].encode() if found else None
+        match = re.match(rf"(?:\s*+\S++){{{self.words}}}(?=\s)", text)
+        return match[0].encode() if match else None
 
 
 class InProcess:
-    """A partner through `transformers`, which remembers the texts that it has read."""
+    """A partner in `transformers`, which caches the texts that it has read."""
 
     def __init__(
         self,
@@ -130,7 +121,7 @@ class InProcess:
         slots: int = 16,
         remember: bool = True,
     ):
-        """`slots` is how many texts are written at a time."""
+        """`slots` is the number of texts that are written at a time."""
         self.name = str(model.folder)
         self._model, self._amount, self._sampling = model, amount, sampling
         self._same = same(ours, model.vocabulary)
@@ -144,26 +135,27 @@ class InProcess:
         written: list[list[int]] = [[] for _ in requests]
         answers: dict[int, Answer] = {}
         for _ in range(self._amount.most + REST):
-            open_ = [place for place in range(len(requests)) if place not in answers]
-            if not open_:
+            unanswered = [i for i in range(len(requests)) if i not in answers]
+            if not unanswered:
                 break
             logits = self._reader.read(
-                [requests[place].slot for place in open_], [self._window(texts[place]) for place in open_]
+                [requests[i].slot for i in unanswered], [self._window(texts[i]) for i in unanswered]
             )[:, -1]
-            draws = np.array([_again(requests[place].draw, len(written[place])) for place in open_])
-            for place, token in zip(open_, pick(forbid(logits, *self._forbidden), self._sampling, draws), strict=True):
+            draws = np.array([_again(requests[i].draw, len(written[i])) for i in unanswered])
+            tokens = pick(forbid(logits, *self._forbidden), self._sampling, draws)
+            for i, token in zip(unanswered, tokens, strict=True):
                 if token in self._model.end_ids:
-                    answers[place] = self._answer(written[place], ended=True)
+                    answers[i] = self._answer(written[i], ended=True)
                     continue
-                written[place].append(token)
-                texts[place].append(token)
-                data = self._bytes(written[place])
+                written[i].append(token)
+                texts[i].append(token)
+                data = self._bytes(written[i])
                 cut = self._amount.cut(data)
                 if cut is not None:
-                    answers[place] = Answer(text=cut.decode(errors="replace"), tokens=len(written[place]))
-                elif len(written[place]) >= self._amount.most and (self._same or not _dangling(data)):
-                    answers[place] = self._answer(written[place])
-        return [answers.get(place) or self._answer(written[place]) for place in range(len(requests))]
+                    answers[i] = Answer(text=cut.decode(errors="replace"), tokens=len(written[i]))
+                elif len(written[i]) >= self._amount.most and (self._same or not _dangling(data)):
+                    answers[i] = self._answer(written[i])
+        return [answers.get(i) or self._answer(written[i]) for i in range(len(requests))]
 
     def close(self) -> None:
         self._reader = None
@@ -172,7 +164,7 @@ class InProcess:
         return list(request.ids) if self._same else self._model.vocabulary.read(request.text)[0]
 
     def _window(self, ids: list[int]) -> list[int]:
-        """As it is read: of a text that is longer than the partner's context, the last half or more."""
+        """The ids that the partner reads: the last half or more of a text that is longer than its context."""
         room = self._model.context - len(self._model.begin)
         half = room // 2
         over = max(0, len(ids) - room)
@@ -188,9 +180,9 @@ class InProcess:
 
 
 class Vllm:
-    """A partner in a vLLM engine in this process; its prefix cache remembers what it has read.
+    """A partner in a vLLM engine in this process, whose prefix cache keeps what it has read.
 
-    `engine` is a `vllm.LLM` that was opened elsewhere, `vocabulary` that of its model.
+    `engine` is an open `vllm.LLM`, `vocabulary` that of its model.
     """
 
     def __init__(
@@ -210,30 +202,30 @@ class Vllm:
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         from vllm import SamplingParams
 
-        found: list[Answer | None] = [None] * len(requests)
+        answers: list[Answer | None] = [None] * len(requests)
         for more in range(REST + 1):
-            open_ = [place for place, answer in enumerate(found) if answer is None]
-            if not open_:
+            unanswered = [i for i, answer in enumerate(answers) if answer is None]
+            if not unanswered:
                 break
             settings = [
                 SamplingParams(
                     temperature=self._sampling.temperature,
                     top_p=self._sampling.top_p,
-                    seed=_seed(requests[place].draw),
+                    seed=_seed(requests[i].draw),
                     max_tokens=self._amount.most + more,
                     logit_bias=self._bias or None,
                     stop_token_ids=sorted(self._ends),
                     detokenize=False,
                 )
-                for place in open_
+                for i in unanswered
             ]
-            prompts: Any = [{"prompt_token_ids": self._ids(requests[place])} for place in open_]
+            prompts: Any = [{"prompt_token_ids": self._ids(requests[i])} for i in unanswered]
             outputs = self._engine.generate(prompts, settings, use_tqdm=False)
-            for place, output in zip(open_, outputs, strict=True):
+            for i, output in zip(unanswered, outputs, strict=True):
                 best = output.outputs[0]
-                ids = [i for i in best.token_ids if i < len(self._vocabulary.pieces)]
-                found[place] = self._read(ids, best.finish_reason == "stop", more == REST)
-        return [answer or Answer(failure="no whole character") for answer in found]
+                ids = [token for token in best.token_ids if token < len(self._vocabulary.pieces)]
+                answers[i] = self._read(ids, best.finish_reason == "stop", more == REST)
+        return [answer or Answer(failure="no complete character") for answer in answers]
 
     def close(self) -> None:
         self._engine = None
@@ -259,12 +251,12 @@ class Server:
     """A partner on a server that speaks the OpenAI protocol (`/v1/completions`).
 
     url         base URL, without /v1
-    model       what the server calls it; None: the only one that it has
-    vocabulary  where the server's model is known to cut text as the small model does: token ids are sent then, and
-                asked for (vLLM's `return_token_ids`); else characters cross
-    begin, ends ids in front of a text, and that end one; where they are known no other special token is written
+    model       the server's name of it; None: the only one that it has
+    vocabulary  the tokenizer of the server's model, if known: if it is the small model's too, requests and answers are
+                token ids (vLLM's `return_token_ids`); else they are characters
+    begin, ends ids in front of a text, and ids that end one; if known, no other special token is written
 
-    Raises CascadeError where the server does not answer, or has no such model.
+    Raises CascadeError if the server does not answer, or has no such model.
     """
 
     def __init__(
@@ -281,16 +273,9 @@ class Server:
         if vocabulary and not ends:  # one of them may end a text
             forbidden = [] if vocabulary.call_id is None else [vocabulary.call_id]
         self._bias = {str(index): -100 for index in forbidden[:MOST_BIASED]}
-        self._loop = asyncio.new_event_loop()  # in a thread of its own: there may be another loop in this one
-        self._thread = threading.Thread(target=self._loop.run_forever, name="partner", daemon=True)
-        self._thread.start()
-        self._client = httpx.AsyncClient(
-            headers={"Authorization": f"Bearer {key}"} if key else {},
-            timeout=httpx.Timeout(timeout, connect=min(10.0, timeout), pool=None),
-            limits=httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency, keepalive_expiry=2),
-        )
+        self._client = ClientThread(timeout=timeout, key=key, connections=concurrency)
         try:
-            self._model, self._context = self._run(self._pick(model))
+            self._model, self._context = self._client.run(self._pick(model))
             if self._context is not None:
                 self._room = _room(self._context, amount, begin, url)
         except BaseException:
@@ -301,51 +286,46 @@ class Server:
         async def ask() -> list[Answer]:
             return await asyncio.gather(*(self._ask(request) for request in requests))
 
-        return self._run(ask())
+        return self._client.run(ask())
 
     def close(self) -> None:
-        if not self._loop.is_closed():
-            self._run(self._client.aclose())
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join()
-            self._loop.close()
-
-    def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        self._client.close()
 
     async def _pick(self, wanted: str | None) -> tuple[str, int | None]:
-        """The model's name, and its context where the server tells it."""
+        """The model's name, and its context if the server reports it."""
         try:
-            listed = (await self._client.get(f"{self._url}/v1/models")).raise_for_status().json()
-            found = {str(entry["id"]): entry.get("max_model_len") for entry in listed["data"]}
+            listed = (await self._client.http.get(f"{self._url}/v1/models")).raise_for_status().json()
+            contexts = {str(entry["id"]): entry.get("max_model_len") for entry in listed["data"]}
         except (*_FAULTS, ExceptionGroup) as error:
-            raise CascadeError(f"no partner at {self._url}: {_line(error)}") from None
-        name = next(iter(found)) if wanted is None and len(found) == 1 else wanted
-        if name not in found:
-            names = ", ".join(found) or "no model"
-            raise CascadeError(f"{self._url} serves {names}: name one of its models with --partner-model")
-        context = found[name]
+            raise CascadeError(
+                f"no partner at {self._url} ({_line(error)}): start its server, or name another with --partner"
+            ) from None
+        name = next(iter(contexts)) if wanted is None and len(contexts) == 1 else wanted
+        if name not in contexts:
+            names = ", ".join(contexts) or "no model"
+            raise CascadeError(f"{self._url} serves {names}: name one of its models with --partner-model", usage=True)
+        context = contexts[name]
         return name, context if isinstance(context, int) else None
 
     async def _ask(self, request: Request) -> Answer:
         try:
             for more in range(REST + 1):
-                response = await self._client.post(f"{self._url}/v1/completions", json=self._body(request, more))
+                response = await self._client.http.post(f"{self._url}/v1/completions", json=self._body(request, more))
                 if response.status_code != 200:
-                    status, told = response.status_code, " ".join(response.text.split())[:200]
-                    reason = f"{self._url} answered HTTP {status}: {told}"
+                    status, message = response.status_code, " ".join(response.text.split())[:200]
+                    reason = f"{self._url} answered HTTP {status}: {message}"
                     return Answer(failure=reason, gone=status >= 500 or status == 429)
                 answer = self._read(response.json(), more == REST)
                 if answer is not None:
                     return answer
         except _FAULTS as error:
             return Answer(failure=f"{self._url}: {_line(error)}", gone=True)
-        return Answer(failure="no whole character")
+        return Answer(failure="no complete character")
 
     def _body(self, request: Request, more: int) -> dict[str, Any]:
         body: dict[str, Any] = {
             "model": self._model,
-            # vLLM answers with the whole prompt behind a replacement character
+            # after a replacement character, vLLM repeats the whole prompt
             "prompt": [*self._begin, *request.ids] if self._same else request.text.rstrip("\ufffd"),
             "max_tokens": self._amount.most + more,
             "temperature": self._sampling.temperature,
@@ -373,16 +353,17 @@ class Server:
         if self._same and isinstance(ids, list) and all(isinstance(i, int) for i in ids):
             written = [i for i in ids if 0 <= i < len(self._ours.pieces) and self._ours.pieces[i] is not None]
             return Answer(ids=tuple(written), ended=ended, tokens=tokens)
-        whole = text.rstrip("\ufffd")  # the beginning of a character, as servers show it, if they do
+        whole = text.rstrip("\ufffd")  # which some servers write for the beginning of a character
         if (whole != text or not text or text.endswith(" ")) and not ended and not last:
             return None
         return _characters(whole.encode(errors="replace"), ended, tokens)
 
 
 class Patient:
-    """Any partner, asked once more where it fails, but for a request's own faults; one that fails all is left alone.
+    """A partner that is asked once more when it fails, and gets a pause when it fails on all requests.
 
-    It is asked again after `pause_seconds`.
+    Requests that fail through their own fault are not repeated. Until `pause_seconds` have passed, all requests fail at
+    once.
     """
 
     def __init__(self, partner: Partner, *, retry_seconds: float = RETRY_SECONDS, pause_seconds: float = PAUSE_SECONDS):
@@ -393,15 +374,15 @@ class Patient:
         self._reason = ""
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """As `Partner.answer`, and never raises but for what is no failure of the partner."""
+        """As `Partner.answer`, but without raising the partner's exceptions: they become failures."""
         if time.monotonic() < self._not_before:
             return [Answer(failure=self._reason, gone=True)] * len(requests)
         answers = self._once(requests)
-        failed = [place for place, answer in enumerate(answers) if answer.gone]
+        failed = [i for i, answer in enumerate(answers) if answer.gone]
         if failed:
             time.sleep(self._retry)
-            for place, answer in zip(failed, self._once([requests[place] for place in failed]), strict=True):
-                answers[place] = answer
+            for i, answer in zip(failed, self._once([requests[i] for i in failed]), strict=True):
+                answers[i] = answer
         if answers and all(answer.gone for answer in answers):
             self._reason = answers[0].failure or ""
             self._not_before = time.monotonic() + self._pause
@@ -413,26 +394,26 @@ class Patient:
     def _once(self, requests: Sequence[Request]) -> list[Answer]:
         try:
             return self._partner.answer(requests)
-        except Exception as error:  # an engine that died raises what it likes
+        except Exception as error:  # an engine that died may raise anything
             return [Answer(failure=_line(error), gone=True)] * len(requests)
 
 
 def pick(logits: torch.Tensor, sampling: Sampling, draws: np.ndarray) -> list[int]:
-    """A token for each row of logits (b, V): the likeliest, or by the draws (b,) in [0, 1) among the top_p's."""
+    """A token for each row of logits (b, V): the likeliest, or sampled within top_p by the draws (b,) in [0, 1)."""
     if sampling.temperature == 0:
         return logits.argmax(-1).tolist()
     chances, order = (logits.double() / sampling.temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
     total = chances.cumsum(-1)
     kept = chances.where(total - chances < sampling.top_p, 0.0)
     total = kept.cumsum(-1)
-    place = (total <= torch.from_numpy(draws).to(total)[:, None] * total[:, -1:]).sum(-1, keepdim=True)
-    return order.gather(-1, place.clamp(max=logits.shape[-1] - 1)).squeeze(-1).tolist()
+    rank = (total <= torch.from_numpy(draws).to(total)[:, None] * total[:, -1:]).sum(-1, keepdim=True)
+    return order.gather(-1, rank.clamp(max=logits.shape[-1] - 1)).squeeze(-1).tolist()
 
 
 def _characters(data: bytes, ended: bool, tokens: int) -> Answer:
     text = data[: len(data) - incomplete(data)].decode(errors="replace")
     if not text and not ended:
-        return Answer(failure="no whole character")
+        return Answer(failure="no complete character")
     return Answer(text=text, ended=ended, tokens=tokens)
 
 
@@ -441,7 +422,7 @@ def _dangling(data: bytes) -> bool:
 
 
 def _again(draw: float, times: int) -> float:
-    """A further number in [0, 1) from one."""
+    """The n-th further number in [0, 1) derived from one."""
     return draw if not times else float(np.random.default_rng([int(draw * 2**53), times]).random())
 
 
@@ -450,10 +431,10 @@ def _seed(draw: float) -> int:
 
 
 def _room(context: int, amount: Amount, begin: tuple[int, ...], name: str) -> int:
-    """Tokens of a text that a partner can read."""
+    """The number of a text's tokens that a partner can read."""
     room = context - amount.most - REST - len(begin)
     if room < 1:
-        raise CascadeError(f"{name} reads {context} tokens: ask for shorter answers")
+        raise CascadeError(f"{name} reads only {context} tokens: ask for shorter answers with --partner-tokens")
     return room
 
 

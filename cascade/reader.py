@@ -1,8 +1,8 @@
-"""A model that reads several texts, each at its own pace, and remembers what it has read.
+"""A model that reads several texts, each at its own pace, and caches what it has read.
 
-Keys and values of a text lie in a slot of its own, at the positions of its tokens, so a text can be read on, shortened
-(tokens that were read anew after a join), or replaced by another, without touching its neighbours; and any of the slots
-can read together. What stands in a slot beyond its text is never looked at.
+Keys and values of a text are in a slot of its own, at the positions of its tokens. So a text can be continued,
+shortened (when tokens change after a join) or replaced by another without affecting its neighbours, and any set of
+slots can be read together. What is in a slot beyond its text is never attended to.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from lacy.cascade.model import Model
+from lacy.cascade.language_model import Model
 from lacy.schemas.errors import CascadeError
 
-GROW = 128  # positions by which slots grow at least
-PADDING = 4  # positions of padding in a pass that cost less than another pass
+GROW = 128  # positions by which slots grow, at least
+PADDING = 4  # positions of padding that cost less than another forward pass
 
 
 class Reader:
-    """`slots` texts and what the model has read of them; with `remember` off it reads everything anew each time.
+    """`slots` texts and the model's cache of them; without `remember` it reads everything again each time.
 
-    Raises CascadeError for a model whose memory is no list of keys and values.
+    Raises CascadeError for a model whose cache is not a list of keys and values.
     """
 
     def __init__(self, model: Model, slots: int, *, remember: bool = True):
@@ -32,39 +32,39 @@ class Reader:
         self._call = _Call()
         kinds = set(getattr(self._config, "layer_types", None) or ["full_attention"])
         if getattr(model.network, "_is_stateful", False) or not kinds <= {"full_attention", "sliding_attention"}:
-            raise CascadeError(f"{model.folder} has layers without keys and values: let vLLM run it, or a server")
+            raise CascadeError(f"{model.folder} has layers without keys and values: run it in vLLM or on a server")
         self._cache = Cache(layers=[_Layer(self._call, slots) for _ in range(self._config.num_hidden_layers)])
 
     def read(self, slots: Sequence[int], texts: Sequence[list[int]], last: int = 1) -> torch.Tensor:
-        """Logits (len(slots), last, V) float32 behind the last tokens of texts, given whole, as ids with their begin.
+        """Logits (len(slots), last, V) float32 at the last tokens of texts, given whole, as ids with their begin.
 
-        What a slot has read of its text before is not read again. Of shorter texts, the first of `last` are NaN.
+        What a slot has already read of its text is not read again. For shorter texts, the first of `last` are NaN.
         """
         known = [self._known(slot, ids, last) for slot, ids in zip(slots, texts, strict=True)]
         new = [len(ids) - start for ids, start in zip(texts, known, strict=True)]
-        found: dict[int, torch.Tensor] = {}
+        rows: dict[int, torch.Tensor] = {}
         for group in _alike(new):
             logits = self._forward(
                 [slots[i] for i in group], [texts[i] for i in group], [known[i] for i in group], last
             )
-            found |= zip(group, logits, strict=True)
-        return torch.stack([found[place] for place in range(len(slots))])
+            rows |= zip(group, logits, strict=True)
+        return torch.stack([rows[i] for i in range(len(slots))])
 
     @torch.inference_mode()
     def _forward(self, slots: list[int], texts: list[list[int]], known: list[int], last: int) -> torch.Tensor:
-        """As `read`, in one pass; `known` first tokens of each text are in its slot."""
+        """As `read`, in one pass; the first `known` tokens of each text are in its slot."""
         most = max(len(ids) - start for ids, start in zip(texts, known, strict=True))
         device = self.model.device
         pad = torch.tensor([most - (len(ids) - start) for ids, start in zip(texts, known, strict=True)])
         block = [[0] * n + ids[start:] for n, ids, start in zip(pad.tolist(), texts, known, strict=True)]
-        place = torch.arange(most) + (torch.tensor(known) - pad)[:, None]  # (b, Q)
-        place = place.where(torch.arange(most) >= pad[:, None], -1).to(device)
+        target = torch.arange(most) + (torch.tensor(known) - pad)[:, None]  # (b, Q)
+        target = target.where(torch.arange(most) >= pad[:, None], -1).to(device)
         self._call.slots = torch.tensor(slots, device=device)
         self._call.every = slots == list(range(len(self._ids)))
-        self._call.places, self._call.length = place, max(map(len, texts))
-        position = place.clamp(min=0)
+        self._call.positions, self._call.length = target, max(map(len, texts))
+        position = target.clamp(min=0)
         for slot in slots:
-            self._ids[slot] = []  # should this fail
+            self._ids[slot] = []  # in case this fails
         out = self.model.network(
             input_ids=torch.tensor(block, device=device),
             attention_mask=self._mask(position, self._call.length),
@@ -82,15 +82,15 @@ class Reader:
         return torch.cat([missing, logits], dim=1)
 
     def _known(self, slot: int, ids: list[int], last: int) -> int:
-        """How many of a text's first tokens need not be read: at least the last one must, for its logits."""
+        """The number of first tokens that need not be read; at least the last one must be, for its logits."""
         before = self._ids[slot]
         most = min(len(before), len(ids) - last if last == 1 else 0)
         if before[:most] == ids[:most]:
             return most
-        return next(place for place in range(most) if before[place] != ids[place])
+        return next(i for i in range(most) if before[i] != ids[i])
 
     def _mask(self, position: torch.Tensor, length: int) -> Any:
-        """What each position may look at: (b, 1, Q, length) bool, for each kind of layer where there are several."""
+        """What each position may attend to: (b, 1, Q, length) bool; a dict by kind of layer if there are several."""
         key = torch.arange(length, device=position.device)
         full = key <= position[..., None]
         window = getattr(self._config, "sliding_window", None)
@@ -103,16 +103,16 @@ class Reader:
 
 
 class _Call:
-    """What the layers need to know of the forward pass in hand."""
+    """What the layers need to know of the current forward pass."""
 
     slots: torch.Tensor  # (b,)
-    every: bool  # all of them, in order
-    places: torch.Tensor  # (b, Q), -1 for padding
+    every: bool  # whether these are all slots, in order
+    positions: torch.Tensor  # (b, Q), -1 for padding
     length: int  # of the longest text
 
 
 class _Layer(CacheLayerMixin):
-    """Keys and values of one layer, (slots, heads, positions + 1, width); the last position takes what is padding."""
+    """Keys and values of one layer, (slots, heads, positions + 1, width); padding goes to the last position."""
 
     is_sliding = False
 
@@ -130,12 +130,12 @@ class _Layer(CacheLayerMixin):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        assert self.keys is not None and self.values is not None, "initialised"
+        assert self.keys is not None and self.values is not None, "initialized"
         call = self._call
         self.keys, self.values = _grown(self.keys, call.length), _grown(self.values, call.length)
         rows = call.slots[:, None]
-        self.keys[rows, :, call.places] = key_states.transpose(1, 2)
-        self.values[rows, :, call.places] = value_states.transpose(1, 2)
+        self.keys[rows, :, call.positions] = key_states.transpose(1, 2)
+        self.values[rows, :, call.positions] = value_states.transpose(1, 2)
         if call.every:
             return self.keys[:, :, : call.length], self.values[:, :, : call.length]
         return self.keys[call.slots, :, : call.length], self.values[call.slots, :, : call.length]
@@ -144,25 +144,25 @@ class _Layer(CacheLayerMixin):
         return self._call.length, 0
 
     def get_seq_length(self) -> int:
-        return self._call.length - self._call.places.shape[1]
+        return self._call.length - self._call.positions.shape[1]
 
     def get_max_length(self) -> int:
         return -1
 
 
 def _alike(new: list[int]) -> Iterator[list[int]]:
-    """Places of texts with about as much to read, so that little of a pass is padding."""
+    """Indices of texts with about as much to read, so that little of a pass is padding."""
     group: list[int] = []
-    for place in sorted(range(len(new)), key=new.__getitem__):
-        if group and new[place] > 2 * new[group[0]] + PADDING:
+    for index in sorted(range(len(new)), key=new.__getitem__):
+        if group and new[index] > 2 * new[group[0]] + PADDING:
             yield group
             group = []
-        group.append(place)
+        group.append(index)
     yield group
 
 
 def _grown(memory: torch.Tensor, length: int) -> torch.Tensor:
-    """With room for `length` positions, and one for padding."""
+    """The memory with room for `length` positions, and one for padding."""
     have = memory.shape[2] - 1
     if have >= length:
         return memory

@@ -1,7 +1,7 @@
-"""What was generated, for people and programs: in colour on a terminal, as plain text, as JSONL, as a page of HTML.
+"""Show generated texts to people and programs: in color on a terminal, as plain text, as JSONL, as an HTML page.
 
-Generated text is untrusted. Wherever it is shown, what would steer a terminal or turn the writing around becomes a
-visible mark; line ends and tabs stay. JSONL holds the text as it is, with these characters escaped.
+Generated text is untrusted. Characters that would control a terminal or reverse the direction of writing are shown as
+visible marks; line ends and tabs stay. JSONL has the text as it is, with these characters escaped.
 """
 
 import math
@@ -30,11 +30,11 @@ _printable = partial(printable, keep_lines=True)
 
 
 def text(generations: Iterable[Generation], console: Console, errors: Console) -> None:
-    """Print texts with their prompts, in the order given.
+    """Print texts with their prompts, in the given order.
 
-    On a terminal the partner's tokens are coloured, tokens that the small model wrote because the partner did not
-    answer are underlined, and below each text stands what it cost; a legend closes. Elsewhere `console` gets the
-    texts alone, without marks, an empty line between two of them, and `errors` the costs.
+    On a terminal the partner's tokens are colored, tokens that the small model wrote because the partner did not answer
+    are underlined, the cost of each text follows it, and a legend comes last. Otherwise `console` gets the texts alone,
+    without marks and with an empty line between two of them, and `errors` gets the costs.
     """
     seen: set[str] = set()
     for number, generation in enumerate(generations):
@@ -58,8 +58,8 @@ def text(generations: Iterable[Generation], console: Console, errors: Console) -
 class Stream:
     """Prints the pieces of one text as they come: give it to `generate` as `on_piece`, then call `end`.
 
-    For one prompt: the pieces of several texts come interleaved. A piece has the style of whoever wrote its
-    characters, so nothing is "both" where the small model's tokenizer later joins what two have written.
+    For one prompt only, as pieces of several texts are interleaved. A piece has the style of its author, so nothing is
+    "both", even if the small model's tokenizer later joins characters of two authors.
     """
 
     def __init__(self, console: Console, errors: Console, prompt: str):
@@ -70,7 +70,7 @@ class Stream:
         self._write(piece.text, MISSED if piece.missed else STYLES[piece.by])
 
     def end(self, generation: Generation) -> None:
-        """End the line, and say what the text cost, as `text` does."""
+        """End the line and print the cost of the text, as `text` does."""
         self._write("\n", "")
         target = self._console if self._console.is_terminal else self._errors
         target.print(_cost(generation), style="dim", soft_wrap=not self._console.is_terminal)
@@ -84,10 +84,10 @@ class Stream:
 
 
 def write_jsonl(generations: Iterable[Generation], file: TextIO) -> None:
-    """One JSON object for each text, in the order of the prompts, each as soon as those before it are there.
+    """Write one JSON object per text, in the order of the prompts, each as soon as those before it are written.
 
-    The fields are those of `Generation` and `Token`. All but the seconds are the same for the same input and
-    options; a number that is not finite is null. Texts that have ended are written even where `generations` raises.
+    The fields are those of `Generation` and `Token`. All but the seconds are the same for the same input and options;
+    a number that is not finite is null. Texts that have ended are written even if `generations` raises.
     """
     waiting: dict[int, Generation] = {}
     following = 0
@@ -108,9 +108,9 @@ def write_jsonl(generations: Iterable[Generation], file: TextIO) -> None:
 
 
 def html(generations: Iterable[Generation], title: str) -> str:
-    """A page that needs nothing else and runs no script: the costs, then each text with its tokens by author.
+    """A self-contained page without scripts: the costs, then each text with its tokens by author.
 
-    A token's scores are in its title. The background of the small model's tokens says how the call score ranks among
+    A token's scores are in its title. The background of the small model's tokens shows the rank of the call score among
     those of the same text.
     """
     texts = sorted(generations, key=lambda generation: generation.index)
@@ -129,7 +129,7 @@ def html(generations: Iterable[Generation], title: str) -> str:
 
 
 def _styled(token: Token) -> Text:
-    """White space in front of a missed token is not underlined."""
+    """A token in its author's style. White space in front of a missed token is not underlined."""
     shown = _printable(token.text)
     if not token.missed:
         return Text(shown, style=STYLES[token.by])
@@ -148,17 +148,17 @@ def _legend(seen: set[str]) -> Text:
 
 
 def _cost(generation: Generation, numbered: bool = False) -> Text:
-    told = [
+    parts = [
         _count(generation.positions, "position"),
         f"{_count(generation.calls, 'call')} ({_share(generation.calls, generation.positions)})",
         _count(generation.partner_tokens, "partner token"),
     ]
     if generation.missed:
         reason = " ".join(_printable(generation.failure or "").split())
-        told.append(f"{generation.missed:,} missed" + (f" ({reason})" if reason else ""))
-    told.append(f"{generation.seconds:.1f} s, {generation.partner_seconds:.1f} of them for the partner")
-    told.append(_FINISHES[generation.finish])
-    return Text((f"text {generation.index}: " if numbered else "") + "; ".join(told))
+        parts.append(f"{generation.missed:,} missed" + (f" ({reason})" if reason else ""))
+    parts.append(f"{generation.seconds:.1f} s, {generation.partner_seconds:.1f} of them for the partner")
+    parts.append(_FINISHES[generation.finish])
+    return Text((f"text {generation.index}: " if numbered else "") + "; ".join(parts))
 
 
 def _count(number: int, word: str) -> str:
@@ -170,7 +170,7 @@ def _share(part: int, whole: int) -> str:
 
 
 def _ranked(generation: Generation) -> list[dict[str, object]]:
-    """Text, class, title and rank of each token; `rank` is the share of the text's scores below its own."""
+    """Text, class, title and rank of each token; the rank is the share of the text's scores below its own."""
     scores = np.array([math.nan if token.score is None else token.score for token in generation.tokens])
     known = np.sort(scores[np.isfinite(scores)])
     ranks = np.searchsorted(known, scores) / max(1, len(known) - 1)
@@ -187,12 +187,12 @@ def _ranked(generation: Generation) -> list[dict[str, object]]:
 
 def _title(token: Token) -> str:
     author = {"slm": "small model", "partner": "partner", "both": "small model and partner"}[token.by]
-    told = [f"token {token.id}, {author}"]
+    parts = [f"token {token.id}, {author}"]
     if token.called:
-        told.append("called in vain" if token.missed else "called")
-    told += [
+        parts.append("failed call" if token.missed else "called")
+    parts += [
         f"{name} {value:.3g}"
         for name in ("margin", "uncertainty", "score")
         if (value := getattr(token, name)) is not None and math.isfinite(value)
     ]
-    return ", ".join(told)
+    return ", ".join(parts)

@@ -1,12 +1,11 @@
-"""Tokens of a model as bytes of text, and what becomes of them when another model's text is joined on.
+"""Tokens of a model as bytes of text, also after text of another model has been joined to them.
 
-Two models of a cascade may cut text differently, so what passes between them is characters. `Writing` is a text that
-grows: by tokens of its own vocabulary, whose bytes follow the text, or by characters (`join`). Characters become tokens
-by the tokenizer's reading of the whole text. As little as possible of what was there is read anew: all tokens stay up
-to the last place, within the old text, where both the old tokens and the new reading have a boundary. So "19" and a
-joined "45" become one token "1945" where the vocabulary has it, and tokens further back stay as they were written,
-whether or not the tokenizer would have cut them so. The text itself is never changed: its bytes are those of the
-prompt and of what was added, one after the other.
+The two models of a cascade may tokenize differently, so they exchange characters. `Writing` is a text that grows by
+tokens of its own vocabulary, whose bytes are appended, or by characters (`join`). Characters become tokens as the
+tokenizer reads the whole text, but as few old tokens as possible change: all tokens stay up to the last offset, within
+the old text, at which both the old tokens and the new reading have a boundary. So "19" and a joined "45" become one
+token "1945" if the vocabulary has it, and tokens further back stay as they were written, even if the tokenizer would
+have split them differently. The text itself never changes: its bytes are those of the prompt and of all additions.
 """
 
 import json
@@ -19,6 +18,7 @@ import numpy as np
 from tokenizers import Tokenizer, pre_tokenizers
 from transformers import AutoTokenizer
 
+from lacy.labelers.llm.model_folders import resolve
 from lacy.schemas.errors import CascadeError
 
 CALL: Final = "<CALL>"
@@ -35,8 +35,8 @@ _BYTES: Final = dict(
 class Vocabulary:
     """A tokenizer for generation.
 
-    pieces   bytes of each token, by id; None for tokens that write no text: special ones, and ids without a token
-    call_id  of <CALL>, or None
+    pieces   bytes of each token, by id; None for tokens without text: special tokens, and ids without a token
+    call_id  id of <CALL>, or None
     """
 
     tokenizer: Tokenizer = field(repr=False)
@@ -45,19 +45,19 @@ class Vocabulary:
     prefixed: bool  # whether reading puts a space in front of a text, as SentencePiece does
 
     def read(self, text: str) -> tuple[list[int], list[int]]:
-        """Token ids of a text, and where each ends, in bytes of its UTF-8; nothing in it is a special token."""
+        """Token ids of a text and their ends, in bytes of its UTF-8. Nothing in the text is read as a special token."""
         encoding = self.tokenizer.encode(text, add_special_tokens=False)
         ids = encoding.ids
         lengths = [len(self.pieces[index] or b"") for index in ids]
         ends = np.cumsum(lengths) if ids else np.zeros(0, np.int64)
         data = text.encode()
-        if not len(ends) or ends[-1] != len(data):  # a normaliser, a space in front, an unknown character
+        if not len(ends) or ends[-1] != len(data):  # a normalizer, a prefixed space, an unknown character
             width = np.cumsum([0, *(len(c.encode()) for c in text)])
             ends = np.maximum.accumulate(width[[end for _, end in encoding.offsets]]) if ids else ends
         return ids, ends.tolist()
 
     def forbidden(self, rows: int, ends: frozenset[int]) -> list[int]:
-        """Ids that must not be written by a model with logits for so many rows: all that have no text and end none."""
+        """Ids below `rows` that a model must not write: those that have no text and do not end one."""
         written = {index for index, piece in enumerate(self.pieces) if piece is not None} | ends
         return [index for index in range(rows) if index not in written]
 
@@ -66,9 +66,9 @@ class Writing:
     """A text that grows, its tokens, and who wrote each byte.
 
     ids      tokens of the whole text
-    ends     where each ends, in bytes
-    data     bytes of the whole text; its end may be in the middle of a character
-    authors  one number for each byte: that of whoever wrote it
+    ends     end of each token, in bytes
+    data     bytes of the whole text, which may end in the middle of a character
+    authors  for each byte, the number of its author
     """
 
     def __init__(self, vocabulary: Vocabulary, prompt: str):
@@ -78,7 +78,7 @@ class Writing:
         self.authors = bytearray(len(self.data))
 
     def add(self, token: int, author: int) -> None:
-        """One token of the vocabulary; one without text (the end token) leaves the text as it is."""
+        """Append a token of the vocabulary; one without text, like the end token, does not change the text."""
         piece = self._vocabulary.pieces[token] or b""
         if self._vocabulary.prefixed and not self.data:
             piece = piece.removeprefix(b" ")
@@ -88,7 +88,7 @@ class Writing:
         self.ends.append(len(self.data))
 
     def join(self, text: str, author: int) -> int:
-        """Characters; returns how many of the old tokens stay. The text must not end in the middle of a character."""
+        """Append characters; returns how many old tokens stay. The text must not end in the middle of a character."""
         old = len(self.data)
         self.data += text.encode()
         self.authors += bytes([author]) * (len(self.data) - old)
@@ -105,7 +105,7 @@ class Writing:
         return keep
 
     def _readable(self) -> int:
-        """Where to read from: 0, or, in a text with invalid bytes, the end of a token behind them."""
+        """The byte to read from: 0, or, in a text with invalid bytes, the end of a token behind them."""
         first = _after_invalid(self.data)
         if not first:
             return 0
@@ -114,7 +114,7 @@ class Writing:
 
     @property
     def text(self) -> str:
-        """The complete characters; invalid bytes as U+FFFD."""
+        """The complete characters, with invalid bytes as U+FFFD."""
         return bytes(self.data[: len(self.data) - incomplete(self.data)]).decode(errors="replace")
 
     @property
@@ -123,13 +123,13 @@ class Writing:
 
 
 def incomplete(data: bytes | bytearray) -> int:
-    """How many bytes at the end are the beginning of a character of UTF-8 that may still be completed."""
+    """The number of bytes at the end that begin a UTF-8 character which may still be completed."""
     for back in range(1, min(3, len(data)) + 1):
         byte = data[-back]
         if byte >= 0xC0:
             length = 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
             if back < length and byte not in (0xC0, 0xC1) and byte <= 0xF4:
-                try:  # the decoder knows which second bytes cannot be
+                try:  # the decoder knows which second bytes are impossible
                     bytes(data[-back:]).decode()
                 except UnicodeDecodeError as error:
                     return back if error.reason == "unexpected end of data" else 0
@@ -140,26 +140,25 @@ def incomplete(data: bytes | bytearray) -> int:
 
 
 def open_vocabulary(name: str, *, trust_remote_code: bool = False) -> tuple[Vocabulary, tuple[int, ...], int | None]:
-    """The tokenizer of a model's folder or hub name; ids that it puts in front of a text; the id that ends one.
+    """The tokenizer of a model's folder or Hub name; ids that it puts in front of a text; the id that ends one.
 
-    Raises CascadeError where there is none, or none that text can be generated with.
+    Raises ModelError for a model that cannot be found, CascadeError for one whose tokenizer cannot generate text.
     """
+    resolved = resolve(name)
     try:
-        opened = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        opened = AutoTokenizer.from_pretrained(resolved, trust_remote_code=trust_remote_code)
         backend: Tokenizer = opened.backend_tokenizer
         full = backend.encode("a", add_special_tokens=True).ids
         plain = backend.encode("a", add_special_tokens=False).ids
     except Exception as error:  # the library raises what its parts raise
         reason = " ".join(str(error).split())[:200]
-        if not Path(name).is_dir():
-            raise CascadeError(f"{name} is no folder, and no model that the hub gives out ({reason})") from None
-        raise CascadeError(f"no fast tokenizer in {name}: {reason}") from None
+        raise CascadeError(f"no fast tokenizer in {name}: {reason}", usage=not Path(name).is_dir()) from None
     begin = tuple(full[: len(full) - len(plain)]) if plain and full[-len(plain) :] == plain else ()
     return vocabulary(backend, name), begin, opened.eos_token_id
 
 
 def vocabulary(tokenizer: Tokenizer, name: str) -> Vocabulary:
-    """A tokenizer of the library, for generation; `name` is for the error. Raises CascadeError as `open_vocabulary`."""
+    """A library tokenizer for generation; `name` is for the error. Raises CascadeError as `open_vocabulary` does."""
     spec = json.loads(tokenizer.to_str())
     spec["post_processor"] = spec["truncation"] = spec["padding"] = None
     plain = Tokenizer.from_str(json.dumps(spec))
@@ -167,7 +166,9 @@ def vocabulary(tokenizer: Tokenizer, name: str) -> Vocabulary:
     byte_level = _uses(spec.get("decoder"), "ByteLevel")
     metaspace = _uses(spec.get("decoder"), "Metaspace") or _uses(spec.get("decoder"), "ByteFallback")
     if not byte_level and not metaspace:
-        raise CascadeError(f"the tokenizer of {name} is neither byte-level nor SentencePiece: its tokens are no text")
+        raise CascadeError(
+            f"the tokenizer of {name} is neither byte-level nor SentencePiece: name a model with one of these"
+        )
     entries = plain.get_vocab(with_added_tokens=True)
     special = {token["id"] for token in spec["added_tokens"] if token["special"]}
     added = {token["id"] for token in spec["added_tokens"]}
@@ -187,9 +188,9 @@ def vocabulary(tokenizer: Tokenizer, name: str) -> Vocabulary:
     return Vocabulary(plain, tuple(pieces), entries.get(CALL), prefixed)
 
 
-def same(ours: Vocabulary, theirs: Vocabulary) -> bool:
-    """Whether two tokenizers cut every text into the same ids; their special tokens may differ."""
-    if ours.tokenizer is theirs.tokenizer:
+def same(a: Vocabulary, b: Vocabulary) -> bool:
+    """Whether two tokenizers split every text into the same ids; their special tokens may differ."""
+    if a.tokenizer is b.tokenizer:
         return True
 
     def kernel(vocabulary: Vocabulary) -> tuple[Any, ...]:
@@ -200,7 +201,7 @@ def same(ours: Vocabulary, theirs: Vocabulary) -> bool:
         added = [(token["id"], token["content"]) for token in spec["added_tokens"] if not token["special"]]
         return spec["model"], spec["normalizer"], spec["pre_tokenizer"], added
 
-    return kernel(ours) == kernel(theirs)
+    return kernel(a) == kernel(b)
 
 
 def _uses(node: dict[str, Any] | None, kind: str) -> bool:
@@ -210,12 +211,12 @@ def _uses(node: dict[str, Any] | None, kind: str) -> bool:
 
 
 def _has(ends: list[int], end: int) -> bool:
-    place = bisect_left(ends, end)
-    return place < len(ends) and ends[place] == end
+    index = bisect_left(ends, end)
+    return index < len(ends) and ends[index] == end
 
 
 def _after_invalid(data: bytearray) -> int:
-    """Where the valid UTF-8 that reaches to the end begins."""
+    """The first byte of the valid UTF-8 at the end."""
     first = 0
     while True:
         try:

@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
 # Put models where lacy looks for them, so that no worker downloads any:  bake-models.sh "MODEL MODEL ..."
 # An embedded model goes to $LACY_HOME/models, one of the hub to $HF_HOME, of its weights the safetensors alone.
-# Runs in the folder of the source.
+# Runs in the folder of the source, of which lacy/__init__.py, labelers/ and schemas/ are enough.
 set -euo pipefail
 
+ln -sfn ../schemas ../labelers lacy/
 HF_HUB_OFFLINE=0 "${PYTHON:-python}" - "$@" <<'EOF'
 import sys
 
 from huggingface_hub import snapshot_download
 
 from lacy.labelers.grammar import load_pipeline
-from lacy.labelers.llm.models import PACKAGED, get_model
+from lacy.labelers.llm.model_folders import PACKAGED, get_model
 
 FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
 

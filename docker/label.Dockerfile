@@ -66,7 +66,6 @@ COPY docker/bake-models.sh docker/
 COPY schemas schemas
 COPY labelers labelers
 COPY lacy/__init__.py lacy/
-RUN ln -s ../schemas ../labelers lacy/
 RUN --mount=type=secret,id=hf_token HF_TOKEN_PATH=/run/secrets/hf_token docker/bake-models.sh "${REFERENCE}"
 
 FROM packages-cpu AS cpu

@@ -26,7 +26,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from lacy.cascade.model import results_folder
+from lacy.cascade.language_model import results_folder
 from lacy.trainer.checkpoint import newest
 
 LACY = str(Path(sys.executable).with_name("lacy"))
@@ -143,7 +143,7 @@ def step(out: Path, command: list[object], of: str = "") -> None:
 
 def as_run(partner: str, folder: Path) -> Path | None:
     """A folder with the partner's files, whose results are its own; None for a server or a hub name."""
-    from lacy.labelers.llm.models import resolve
+    from lacy.labelers.llm.model_folders import resolve
 
     if partner == "none" or "://" in partner or not Path(resolve(partner)).is_dir():
         return None

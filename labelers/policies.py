@@ -5,11 +5,11 @@ A policy names the tokens that may be delegated (its candidates) and scores them
 
     priority = key << 32 | (2**32 - 1 - tie hash)        # a higher priority is delegated first
 
-where the key is the score as an order-preserving 32-bit integer, and the tie hash, which depends on the document's id
-and the position alone, orders equal scores. The budget is then met by a radix selection over that number, 16 bits a
+where the key is the score as an order-preserving 32-bit integer, and the tie hash, which depends only on the
+document's id and the position, orders equal scores. A radix selection over that number meets the budget, 16 bits per
 pass: each part of the corpus is counted into BINS bins, the counts of all parts are added, in any order, and `refine`
-chooses the bin that the threshold is in. Two passes settle the key; the third and fourth part the tokens whose keys are
-equal, and after the fourth the number of delegated tokens is exact.
+chooses the bin that holds the threshold. Two passes settle the key; the third and fourth separate tokens with equal
+keys, and after the fourth the number of delegated tokens is exact.
 
     selection = start(policy, total_tokens, budget=0.15)
     while not selection.finished:
@@ -28,6 +28,7 @@ import numpy.typing as npt
 
 from lacy.schemas.codes import DELEGATE, IGNORE, LEARN
 from lacy.schemas.errors import PolicyError
+from lacy.schemas.hashing import shift, signed, splitmix64
 
 Signals = Mapping[str, npt.NDArray[Any]]
 BoolArray = npt.NDArray[np.bool_]
@@ -37,6 +38,7 @@ UInt64Array = npt.NDArray[np.uint64]
 
 DIGIT_BITS = 16
 BINS = 1 << DIGIT_BITS
+_MASK = (1 << 64) - 1
 PASSES = 64 // DIGIT_BITS
 
 ACTIONS = {"delegate": DELEGATE, "ignore": IGNORE}
@@ -50,14 +52,14 @@ _FLAGS = {
 
 @dataclass(frozen=True)
 class Policy:
-    """One row of the table. `score` maps the needed columns to (N,) floats, the highest delegated first."""
+    """A row of POLICIES. `score` maps the needed columns to (N,) floats, the highest delegated first."""
 
     name: str
     doc: str
     needs: tuple[str, ...] = ()  # columns; "loss" stands for student_nll where present, else ref_nll
     score: Callable[[Signals], FloatArray] | None = None
     factual_only: bool = False
-    positive_only: bool = False  # a score of 0 is none
+    positive_only: bool = False  # a score of 0 counts as none
     random: bool = False  # the key is a seeded hash
     delegates: bool = True
     budgeted: bool = True  # False: every candidate, whatever the budget
@@ -98,8 +100,10 @@ POLICIES: dict[str, Policy] = {
 
 
 def require(policy: str, action: str = "delegate", *, reference: bool, student: bool, judge: bool = False) -> None:
-    """Raises PolicyError, before any work is done, for a policy or action that is unknown or that the models of a run
-    (the reference, a student, a judge) cannot serve."""
+    """Check a policy and action before any work is done.
+
+    Raises PolicyError for an unknown one, and for one that needs a model (reference, student, judge) the run lacks.
+    """
     row = _policy(policy)
     _label_code(action)
     have = {"factual": True, "ref_nll": reference, "student_nll": student, "judge": judge}
@@ -109,8 +113,10 @@ def require(policy: str, action: str = "delegate", *, reference: bool, student: 
 
 
 def scores(policy: str, signals: Signals) -> npt.NDArray[np.float32] | None:
-    """The score that a policy ranks tokens by, (N,) float32, the highest delegated first, NaN where it is missing; None
-    for a policy without one. Raises PolicyError as `keys` does."""
+    """The score that a policy ranks tokens by: (N,) float32, NaN where missing; None for a policy without a score.
+
+    The highest is delegated first. Raises PolicyError as `keys` does.
+    """
     row = _policy(policy)
     if row.score is None:
         return None
@@ -124,19 +130,16 @@ def keys(
 ) -> tuple[BoolArray, UInt32Array]:
     """Which tokens may be delegated, and in which order.
 
-    Args:
-        signals: columns by name, each (N,); floats may be NaN for a missing score.
-        doc_hash: `document_hash` of each token's document, (N,) or a scalar.
-        position: index of the token in its document, (N,).
-        seed: of the policy `random`.
+    signals   columns by name, (N,) each; floats may be NaN for a missing score
+    doc_hash  `document_hash` of each token's document, (N,) or a scalar
+    position  index of the token in its document, (N,)
+    seed      of the policy `random`
 
-    Returns:
-        candidates, (N,) bool, never true at position 0 or where the policy's score is NaN; and keys, (N,) uint32, of
-        which the higher is delegated first. Keys of other tokens are 0.
+    Returns candidates, (N,) bool, never true at position 0 or where the policy's score is NaN; and keys, (N,) uint32,
+    the highest delegated first, 0 for tokens that are not candidates.
 
-    Raises:
-        PolicyError: for an unknown policy, a column that is missing (the message names the flag that brings it), or one
-            of another length.
+    Raises PolicyError for an unknown policy, a missing column (the message names the flag that adds it), or a column of
+    another length.
     """
     row = _policy(policy)
     position = np.asarray(position)
@@ -173,8 +176,10 @@ def label(
     *,
     seed: int = 0,
 ) -> npt.NDArray[np.int8]:
-    """(N,) int8 codes: LEARN, and for the candidates at or above the threshold DELEGATE, or IGNORE for the action
-    "ignore". The seed must be the one that the threshold was found with."""
+    """(N,) int8 codes: DELEGATE for candidates at or above the threshold (IGNORE for the action "ignore"), else LEARN.
+
+    The seed must be that of the search for the threshold.
+    """
     code = _label_code(action)
     candidates, priority = priorities(policy, signals, doc_hash, position, seed=seed)
     chosen = candidates & threshold.includes(priority)
@@ -187,7 +192,7 @@ _RANDOM_STREAM = 0x52414E444F4D  # keeps the keys of `random` apart from its tie
 
 
 def sortable(score: npt.ArrayLike) -> UInt32Array:
-    """float32 scores as uint32 in the same order, -inf lowest; -0.0 equals 0.0. The order of NaN is of no meaning."""
+    """float32 scores as uint32 in the same order, -inf lowest; -0.0 equals 0.0. The order of NaN is undefined."""
     bits = (np.asarray(score, np.float32) + np.float32(0)).view(np.uint32)
     negative = bits >> np.uint32(31) == 1
     return np.where(negative, ~bits, bits | np.uint32(1 << 31))
@@ -199,18 +204,9 @@ def tie_hash(doc_hash: npt.ArrayLike, position: npt.ArrayLike, seed: int = 0) ->
     The upper half of splitmix64's mixing function, applied twice: to the document's hash plus the mixed seed, and to
     that plus the position. All arithmetic is modulo 2**64; the arguments broadcast.
     """
-    document = _mix(np.asarray(doc_hash, np.uint64) + _mix(np.asarray([seed & _MASK], np.uint64)))
-    return (_mix(document + np.asarray(position).astype(np.uint64)) >> np.uint64(32)).astype(np.uint32)
-
-
-_MASK = (1 << 64) - 1
-
-
-def _mix(x: UInt64Array) -> UInt64Array:
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    mixed_seed = splitmix64(np.array([signed(seed)]))
+    document = splitmix64(np.asarray(doc_hash, np.uint64).view(np.int64) + mixed_seed)
+    return shift(splitmix64(document + np.asarray(position).astype(np.int64)), 32).astype(np.uint32)
 
 
 def document_hash(doc_id: str) -> int:
@@ -218,12 +214,12 @@ def document_hash(doc_id: str) -> int:
     return int.from_bytes(blake2b(doc_id.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
-# The threshold, and how it is found.
+# The threshold and the search for it.
 
 
 @dataclass(frozen=True)
 class Threshold:
-    """A candidate is delegated where its key is above `key`, or equal to it with a tie hash below `tie`."""
+    """A candidate is delegated if its key is above `key`, or equal to it with a tie hash below `tie`."""
 
     key: int  # 0 to 2**32 - 1
     tie: int  # 0 to 2**32
@@ -239,16 +235,16 @@ EVERYTHING = Threshold(key=0, tie=1 << 32)
 
 @dataclass(frozen=True)
 class Selection:
-    """How far the search for the `wanted` highest priorities is. Made by `start`, moved on by `refine`."""
+    """The state of the search for the `wanted` highest priorities; `start` makes it, `refine` advances it."""
 
     wanted: int
-    prefix: tuple[int, ...] = ()  # the digits of the threshold that are known, the highest first
+    prefix: tuple[int, ...] = ()  # the known digits of the threshold, highest first
     above: int = 0  # candidates above all priorities with this prefix
     inside: int | None = None  # candidates with this prefix; None until the first pass
 
     @property
     def finished(self) -> bool:
-        """Whether more passes would bring the number of delegated tokens no nearer to what is wanted."""
+        """Whether further passes would not bring the number of delegated tokens closer to `wanted`."""
         if self.wanted == 0:
             return True
         return self.inside is not None and (self.above + self.inside <= self.wanted or len(self.prefix) == PASSES)
@@ -260,12 +256,12 @@ class Selection:
 
     @property
     def short(self) -> bool:
-        """Whether there were fewer candidates than wanted, so that all are delegated."""
+        """Whether there are fewer candidates than wanted, so that all are delegated."""
         return self.inside is not None and not self.prefix and self.inside < self.wanted
 
     @property
     def threshold(self) -> Threshold:
-        """The threshold nearest to what is wanted after the passes so far; exact when `finished`."""
+        """The best threshold after the passes so far; exact when `finished`."""
         if not self.prefix:
             return EVERYTHING if self._takes_inside else NOTHING
         lowest = 0
@@ -285,8 +281,8 @@ class Selection:
 def start(policy: str, total_tokens: int, budget: float | None) -> Selection:
     """A search for budget x total_tokens candidates, rounded to the nearest (half to even).
 
-    `total_tokens` counts all tokens of the corpus, candidates or not. The budget is of no effect for a policy that has
-    none. Raises PolicyError for a budget outside 0 to 1, or a missing one.
+    `total_tokens` counts all tokens of the corpus, candidates or not. A policy without a budget ignores it. Raises
+    PolicyError for a missing budget, or one outside 0 to 1.
     """
     row = _policy(policy)
     if not row.budgeted:
@@ -297,7 +293,7 @@ def start(policy: str, total_tokens: int, budget: float | None) -> Selection:
 
 
 def count(candidates: BoolArray, priority: UInt64Array, selection: Selection) -> npt.NDArray[np.int64]:
-    """(BINS,) int64: the candidates of one part by the next digit of their priority, among those with the prefix."""
+    """(BINS,) int64: a part's candidates with the known prefix, counted by the next digit of their priority."""
     inside = priority[candidates]
     digits = len(selection.prefix)
     if digits:

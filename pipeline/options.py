@@ -1,66 +1,107 @@
-"""What a labelling run is asked to do. Validated when built; the part of it that decides bytes goes to the manifest."""
+"""Options of a labelling run. Validated when built; those that decide bytes go to the manifest."""
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, field_validator, model_validator
+from pydantic import Field, PlainValidator, field_validator, model_validator
 
-from lacy.schemas.manifest import at
+from lacy.schemas.options import Options, option
 
 DEFAULT_REFERENCE = "smollm2-135m"
 ROLES = ("reference", "student", "judge")
 
 Backend = Literal["transformers", "vllm", "server"]
+PolicyName = Literal["lacy", "loss", "rho", "gain", "judge", "factual", "random", "none"]
+Action = Literal["delegate", "ignore"]
 
 
-class LabelOptions(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+def _located(value: Any) -> Any:
+    from lacy.schemas.manifest import at  # loads pyarrow, which --help can do without
 
-    corpus: list[str] = Field(min_length=1)
-    out: Annotated[Path, PlainValidator(at)]
-    tokenizer: str | None = None  # None: the reference's
-    reference: str | None = DEFAULT_REFERENCE  # None: no scores, grammar only
-    student: str | None = None
-    scorer: Literal["auto", "transformers", "vllm", "server"] = "auto"
-    server: list[str] = []  # base URLs of model servers; of the scorer "server"
-    judge: str | None = None  # a chat model that marks what a small model cannot infer
-    judge_server: list[str] = []  # none: the judge runs in vLLM here
-    concurrency: int = Field(default=16, ge=1)  # requests in flight on one server, of all workers together
-    engines: int | None = Field(default=None, ge=1)  # of each model on one machine; None: one for each GPU
-    engine_arg: dict[str, dict[str, Any]] = {}  # by role: arguments of the vLLM engine
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    window: int | None = Field(default=None, ge=2)  # tokens in one forward pass; None: the context, at most 2048
-    overlap: int | None = Field(default=None, ge=1)  # tokens shared with the window before; None: a quarter
-    batch_tokens: int | None = Field(default=None, ge=1)
-    spacy: str = "en_core_web_sm"
-    attributes: bool = False
-    headings: bool = False
-    align: Literal["first", "last"] = "first"
-    text: bool = True
-    limit: int | None = Field(default=None, ge=1)
-    part_bytes: int | None = Field(default=None, ge=1024)
-    max_bad: float = Field(default=1.0, ge=0, le=1)
-    workers: int = Field(default=1, ge=1)
-    threads: int = Field(default=1, ge=1)  # of one worker; the last bits of a score can depend on it
-    trust_remote_code: bool = False
-    estimate: bool = False  # label a sample instead
+    return at(value)
+
+
+class LabelOptions(Options):
+    """What `lacy label` measures, by which models, and where it puts the dataset."""
+
+    corpus: list[str] = Field(
+        min_length=1,
+        description="Files, folders or globs: .jsonl .parquet .txt, MediaWiki .xml; .gz .zst .bz2; "
+        "on any filesystem that Beam reads.",
+        json_schema_extra={"argument": True, "metavar": "CORPUS"},
+    )
+    out: Annotated[Path, PlainValidator(_located)] = Field(
+        description="Dataset: a new folder or URL, or one that the same command began."
+    )
+
+    reference: str | None = option(
+        DEFAULT_REFERENCE,
+        "Model that scores the corpus: a folder, a hub name, the embedded smollm2-135m, or none for grammar alone.",
+        panel="Models",
+    )
+    tokenizer: str | None = option(
+        None, "Tokenizer of the small model: folder or hub name.", unset="the reference model's"
+    )
+    student: str | None = option(None, "Second, student-size model that scores the corpus.")
+    judge: str | None = option(None, "Chat model that marks what a small model cannot infer, for --policy judge.")
+    spacy: str = option("en_core_web_sm", "English spaCy pipeline: package or folder.")
+    trust_remote_code: bool = option(False, "Run code that comes with a model.")
+
+    scorer: Literal["auto", "transformers", "vllm", "server"] = option(
+        "auto", "Engine that scores; auto is vllm on a GPU that has it, else transformers.", panel="Engines"
+    )
+    server: list[str] = option(
+        [], "OpenAI-compatible servers for --scorer server; LACY_API_KEY holds the key.", metavar="URL[,URL...]"
+    )
+    judge_server: list[str] = option([], "Servers of the judge.", metavar="URL[,URL...]", unset="vLLM here")
+    concurrency: int = option(16, "Requests in flight on one server, over all workers.", ge=1)
+    engines: int | None = option(None, "Processes on one machine that hold a model.", unset="one for each GPU", ge=1)
+    engine_arg: dict[str, dict[str, Any]] = option(
+        {}, "vLLM argument, as tensor_parallel_size=2 or judge.max_model_len=8192.", metavar="[ROLE.]KEY=VALUE"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto", "Precision of the models; auto is float32 on a CPU."
+    )
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "Device of the models; auto is cuda where there is one.")
+    window: int | None = option(
+        None, "Tokens that the reference reads at once.", unset="its context, 2048 at most", ge=2
+    )
+    overlap: int | None = option(
+        None, "Tokens that a window shares with the one before it.", unset="a quarter of the window", ge=1
+    )
+    batch_tokens: int | None = option(None, "Tokens in one batch of the reference.", ge=1)
+
+    attributes: bool = option(False, "Count attributes as facts.", panel="Facts and parts")
+    headings: bool = option(False, "Count words of headings as facts.")
+    align: Literal["first", "last"] = option("first", "Character of a token that decides which word it belongs to.")
+    text: bool = option(True, "Leave the text of the documents out of the dataset.")
+    limit: int | None = option(None, "Label only the first N documents.", ge=1)
+    part_bytes: int | None = option(None, "Corpus bytes in one part.", unset="1 MiB, less for a small corpus", ge=1024)
+    max_bad: float = option(1.0, "Share of bad records above which the run fails.", ge=0, le=1)
+    workers: int = option(1, "Worker processes.", unset="one for each core", panel="Run", ge=1)
+    threads: int = option(1, "Threads of one worker; can change the last bits of a score.", ge=1)
+    estimate: bool = option(False, "Label a sample, and estimate what the whole corpus takes.")
+
+    @field_validator("reference", mode="before")
+    @classmethod
+    def _none(cls, value: Any) -> Any:
+        return None if value == "none" else value
 
     @field_validator("server", "judge_server", mode="before")
     @classmethod
     def _urls(cls, value: Any) -> Any:
-        """Lists, of which each entry may hold several, divided by commas."""
+        """Each entry of the list may hold several URLs, separated by commas."""
         return [url.strip() for entry in value or [] for url in str(entry).split(",") if url.strip()]
 
     @field_validator("engine_arg", mode="before")
     @classmethod
     def _arguments(cls, value: Any) -> Any:
-        """`key=value`, for all roles, or `role.key=value`; a value is JSON where it can be, else a string."""
+        """`key=value` for all roles, or `role.key=value`; a value is parsed as JSON, else kept as a string."""
         if isinstance(value, dict):
             return value
-        found: dict[str, dict[str, Any]] = {}
+        arguments: dict[str, dict[str, Any]] = {}
         for entry in value or []:
             key, equals, text = str(entry).partition("=")
             role, dot, rest = key.partition(".")
@@ -69,8 +110,8 @@ class LabelOptions(BaseModel):
             if not equals or not name.isidentifier():
                 raise ValueError(f"{entry!r} is not key=value")
             for one in (role,) if named else ROLES:
-                found.setdefault(one, {})[name] = _value(text)
-        return found
+                arguments.setdefault(one, {})[name] = _value(text)
+        return arguments
 
     @model_validator(mode="after")
     def _consistent(self) -> "LabelOptions":
@@ -97,14 +138,24 @@ class LabelOptions(BaseModel):
         return self.model_dump(exclude=apart)
 
 
+class DecideOptions(Options):
+    """How labels follow from what was measured."""
+
+    policy: PolicyName = option("lacy", "Rule that chooses tokens (docs/policies.md).", panel="Labels")
+    budget: float = option(0.15, "Share of all tokens that may be chosen.", ge=0, le=1)
+    action: Action = option("delegate", "Label of chosen tokens; ignore masks them instead.")
+    name: str | None = option(None, "Name of the label set.", unset="the policy's")
+    seed: int = option(0, "Seed of the policy random, and of ties.")
+
+
 @dataclass(frozen=True)
 class ModelSpec:
     """A model of the run: what loads it, and where.
 
-    factory    "module:function" of labelers, called with `arguments`
-    tokenizer  the model's own, where its token ids are not the target's
-    engines    how many processes of one machine hold it; 0: each worker does
-    gpus       of each engine
+    factory    "module:function" in labelers, called with `arguments`
+    tokenizer  the model's own tokenizer, where its token ids differ from the target's
+    engines    processes on one machine that hold the model; 0: each worker holds it
+    gpus       GPUs of each engine
     """
 
     role: str

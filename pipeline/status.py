@@ -12,8 +12,7 @@ from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
-from lacy.pipeline.corpus.sources import Range, Stream, plan
-from lacy.pipeline.corpus.spool import FOLDER
+from lacy.pipeline.corpus.sources import SPOOL, Range, Stream, plan
 from lacy.schemas.files import folders, modified, read_bytes, read_many
 from lacy.schemas.manifest import LabelSet, Manifest, PartRecord, label_sets, read_manifest, record_path
 
@@ -170,12 +169,12 @@ def _planned(dataset: Path, manifest: Manifest) -> tuple[list[tuple[Range, float
             parts.append((item, item.end - item.start))
         else:
             streams.append(item)
-    lists = modified(dataset / FOLDER, "stream-*.json") if streams else {}
+    lists = modified(dataset / SPOOL, "stream-*.json") if streams else {}
     uncut = []
     for stream in streams:
         name = f"stream-{stream.index:05d}.json"
         if name in lists:
-            pieces = [Range(**fields) for fields in json.loads(read_bytes(dataset / FOLDER / name))]
+            pieces = [Range(**fields) for fields in json.loads(read_bytes(dataset / SPOOL / name))]
             size = sum(piece.end - piece.start for piece in pieces) or 1
             parts += [(piece, (piece.end - piece.start) / size * bytes_of[stream.source]) for piece in pieces]
         else:

@@ -8,8 +8,8 @@ Linux brings CUDA along: some 5 GB more to keep, and nothing that CPUs would nee
 (PIP_INDEX_URL, PIP_FIND_LINKS, pip.conf, ...), uv uses too.
 """
 
+import ast
 import os
-import shlex
 import shutil
 import subprocess
 import sys
@@ -85,8 +85,7 @@ def uv_environment() -> dict[str, str]:
     for line in sorted(listed.splitlines(), key=lambda line: line.startswith(":env:")):
         key, _, value = line.partition("=")
         if name := UV_NAMES.get(key.rpartition(".")[2]):
-            words = [word for part in shlex.split(value) for word in part.split()]
-            found[name] = ("," if name == "UV_FIND_LINKS" else " ").join(words)
+            found[name] = ("," if name == "UV_FIND_LINKS" else " ").join(ast.literal_eval(value).split())
     return found | os.environ | {"VIRTUAL_ENV": str(VENV)}
 
 

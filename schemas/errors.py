@@ -1,39 +1,47 @@
-"""The errors that a user can do something about. The message of each is one line that says what.
+"""The errors that a user can do something about. The message of each is one line that says what to do.
 
-They lie here so that every package can raise them; `lacy.LacyError` is the same class. Any other exception that reaches
-the command is a fault of LaCy's own.
+They live here so that every package can raise them; `lacy.LacyError` is the same class. Any other exception that
+reaches the command is a bug in LaCy.
 """
 
 
 class LacyError(Exception):
-    """What every known error is. The command prints its message as one line and exits with `exit_code`."""
+    """Base of all known errors. The command prints its message as one line and exits with `exit_code`.
+
+    usage  the command line, or an argument, is wrong: the exit code is that of UsageError
+    """
 
     exit_code = 1
 
+    def __init__(self, message: str = "", *, usage: bool = False):
+        super().__init__(message)
+        if usage:
+            self.exit_code = UsageError.exit_code
+
 
 class UsageError(LacyError):
-    """A command line, or an argument, that cannot be as it is."""
+    """The command line, or an argument, is wrong."""
 
     exit_code = 2
 
 
-class CorpusError(LacyError):
+class CorpusError(UsageError):
     """A corpus that cannot be read at all."""
 
 
 class DatasetError(LacyError):
-    """A dataset that is missing, damaged, or of another kind than asked for."""
+    """A dataset that is missing, damaged, or not of the kind asked for."""
 
 
-class GrammarError(LacyError):
-    """A spaCy pipeline that is missing, or cannot do what the rule needs."""
+class GrammarError(UsageError):
+    """A spaCy pipeline that is missing or lacks what the rule needs."""
 
 
 class ModelError(LacyError):
-    """A language model that cannot be had."""
+    """A language model that cannot be found, loaded or reached."""
 
 
-class TokenizerError(LacyError):
+class TokenizerError(UsageError):
     """A tokenizer that cannot be loaded or used."""
 
 
@@ -45,13 +53,13 @@ class RunError(LacyError):
     """A labelling run that failed."""
 
 
-class SqlError(LacyError):
+class SqlError(UsageError):
     """A query that cannot be answered."""
 
 
 class TrainingError(LacyError):
-    """A training run that cannot start or go on."""
+    """A training run that cannot start or continue."""
 
 
 class CascadeError(LacyError):
-    """A cascade or an evaluation that cannot be had as asked."""
+    """A generation or an evaluation that cannot run as asked."""

@@ -181,9 +181,9 @@ def store_of(url: str) -> tuple[Any, str]:
     try:
         store = fsspec.filesystem(scheme)
     except ImportError:
-        raise DatasetError(f"{url} needs a package: pip install {_PACKAGES.get(scheme, scheme)}") from None
+        raise DatasetError(f"{url} needs a package: pip install {_PACKAGES.get(scheme, scheme)}", usage=True) from None
     except ValueError:
-        raise DatasetError(f"{url}: there is no such kind of URL; use s3://, gs:// or a folder") from None
+        raise DatasetError(f"{url}: there is no such kind of URL; use s3://, gs:// or a folder", usage=True) from None
     return store, store._strip_protocol(url)
 
 

@@ -169,7 +169,9 @@ def read_manifest(dataset: Path) -> Manifest:
     try:
         data = read_bytes(path)
     except FileNotFoundError:
-        raise DatasetError(f"{dataset} is not a dataset: it has no manifest.json (lacy label writes one)") from None
+        raise DatasetError(
+            f"{dataset} is not a dataset: it has no manifest.json (lacy label writes one)", usage=True
+        ) from None
     try:
         manifest = parse(path, data, Manifest)
         version: object = manifest.schema_version
@@ -220,5 +222,5 @@ def pick_labels(dataset: object, sets: Collection[str], asked: str | None) -> st
         return DEFAULT_LABELS if DEFAULT_LABELS in sets else next(iter(sets), None)
     if asked not in sets:
         others = f"it has {', '.join(sets)}; lacy decide makes others" if sets else "lacy decide makes one"
-        raise DatasetError(f"{dataset} has no label set {asked!r}: {others}")
+        raise DatasetError(f"{dataset} has no label set {asked!r}: {others}", usage=True)
     return asked

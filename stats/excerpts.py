@@ -100,7 +100,7 @@ def find(dataset: Path, ids: Sequence[str]) -> list[Row]:
     part_of = dict(listed)
     for doc_id in ids:
         if doc_id not in part_of:
-            raise DatasetError(f"{dataset} has no document {doc_id!r}")
+            raise DatasetError(f"{dataset} has no document {doc_id!r}", usage=True)
     names = {part: _read(signals_path(dataset, part), ["doc_id"])["doc_id"] for part in set(part_of.values())}
     return [(part_of[doc_id], names[part_of[doc_id]].index(doc_id).as_py()) for doc_id in dict.fromkeys(ids)]
 

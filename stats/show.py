@@ -253,7 +253,7 @@ def _document(connection: duckdb.DuckDBPyConnection, dataset: Dataset, doc_id: s
     """Read a document. Its part is found by the ids alone; then only the files of this part are opened."""
     parts = connection.execute("SELECT part FROM documents WHERE doc_id = ?", [doc_id]).fetchall()
     if not parts:
-        raise DatasetError(_not_there(connection, dataset, doc_id))
+        raise DatasetError(_not_there(connection, dataset, doc_id), usage=True)
     here = [parts[0][0], doc_id]
     texts = connection.execute("SELECT source, text FROM documents WHERE part = ? AND doc_id = ?", here).fetchall()
     source, text = texts[0]

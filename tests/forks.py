@@ -1,4 +1,4 @@
-"""The command `lacy` again and again, each time in a process that has its imports already."""
+"""The command `lacy` in forks of one process that has imported the libraries already."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 LLAMA = "transformers.models.llama.modeling_llama"
 CASCADE = (
     "lm_eval.evaluator", "sklearn.metrics", "lacy.cascade.evaluation.compare", "lacy.cascade.evaluation.leakage",
-    "lacy.cascade.evaluation.nlu", "lacy.cascade_commands", "lacy.trainer.train",
+    "lacy.cascade.evaluation.nlu", "lacy.cascade.evaluation.run", "lacy.api", "lacy.tables", "lacy.trainer.train",
     "transformers.models.gpt2.modeling_gpt2", LLAMA,
 )  # fmt: skip
 LABEL = (
@@ -19,7 +19,8 @@ LABEL = (
     "lacy.pipeline.check",
     "lacy.labelers.grammar",
     "lacy.stats.compute",
-    "lacy.commands",
+    "lacy.api",
+    "lacy.tables",
     LLAMA,
 )
 FORKS = """
@@ -41,7 +42,7 @@ for line in sys.stdin:
         sys.stdin, sys.argv = open(0), ["lacy", *arguments]
         try:
             main()
-        except SystemExit as end:  # without the seconds that it takes to clear up
+        except SystemExit as end:  # skip the seconds that cleaning up takes
             sys.stdout.flush()
             os._exit(end.code or 0)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
@@ -49,10 +50,10 @@ for line in sys.stdin:
 
 
 class Forks:
-    """Runs commands as `tests.conftest.run_lacy` does, without the seconds that the imports take."""
+    """Runs commands as `tests.conftest.run_lacy` does, without the seconds that imports take."""
 
     def __init__(self, folder: Path, imports: Sequence[str]):
-        """`imports` are the modules that are there already. Output passes through files in `folder`."""
+        """imports: modules that the forks share. Output passes through files in `folder`."""
         self._files = folder / "stdout", folder / "stderr"
         environment = os.environ | {
             "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "datasets"), "COLUMNS": "100",

@@ -1,81 +1,87 @@
-"""What a training run is asked to do: one model, from flags, a YAML file and, on resuming, the run's own record."""
+"""Options of a training run, merged from flags, a YAML file and, when a run is resumed, the run's own record."""
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Final, Literal, Self, get_args
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from lacy.schemas.errors import TrainingError
+from lacy.schemas.errors import UsageError
 from lacy.schemas.files import write_atomic
-from lacy.trainer import objectives
+from lacy.schemas.options import Options, option
 from lacy.trainer.paths import dataset_of
 
+ObjectiveName = Literal[
+    "standard", "lacy", "lacy-static", "loss", "rho", "judge", "random",
+    "ignore-lacy", "ignore-lacy-static", "ignore-loss", "ignore-rho", "ignore-judge", "ignore-random",
+]  # fmt: skip
+LearnSoftmax = Literal["full", "without_call", "detached"]
+OBJECTIVES: Final[tuple[str, ...]] = get_args(ObjectiveName)
+LEARN_SOFTMAX: Final[tuple[str, ...]] = get_args(LearnSoftmax)
 
-class TrainConfig(BaseModel):
-    """Validated when built. Counts of tokens are targets; a step is one update of the weights, by all ranks."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class TrainConfig(Options):
+    """Validated when built. A step is one update of the weights, by all ranks together."""
 
-    # what is learnt from
-    dataset: str  # a folder, or a URL of an object store
-    labels: str | None = None  # the label set; None: lacy, or the first
-    holdout: float = Field(default=0.01, ge=0, lt=1)  # share of the documents kept for validation
-    context: int | None = Field(default=None, ge=2)  # tokens of a sequence; None: the model's
-    mask_documents: bool = False  # no attention from one document to another
-    buffer_tokens: int = Field(default=4_000_000, ge=1)  # that are shuffled together, in each loader
-    loader_workers: int = Field(default=1, ge=0)  # processes, for each rank
+    dataset: str = Field(
+        description="Folder that lacy label wrote, or its URL.",
+        json_schema_extra={"argument": True, "metavar": "DATASET"},
+    )
+    out: Path = Field(description="Run: a new folder, or one to resume.", json_schema_extra={"panel": "Run"})
 
-    # what learns
-    model: str = "gpt2-334m"  # a preset, or a model folder
-    objective: str = "lacy"
-    budget: float = Field(default=0.15, ge=0, le=1)  # share of the tokens that may be chosen
-    learn_softmax: Literal["full", "without_call", "detached"] = "full"
+    labels: str | None = option(None, "Label set.", unset="lacy, or the first", panel="Data")
+    holdout: float = option(0.01, "Share of the documents kept for validation.", ge=0, lt=1)
+    context: int | None = option(None, "Tokens in one sequence.", unset="the model's context", ge=2)
+    mask_documents: bool = option(False, "Block attention from one document to another.")
+    buffer_tokens: int = option(4_000_000, "Tokens shuffled together by each loader.", ge=1)
+    loader_workers: int = option(1, "Loader processes of each rank.", ge=0)
 
-    # how it learns
-    batch: int = Field(default=8, ge=1)  # sequences in one forward pass of one rank
-    accumulate: int = Field(default=1, ge=1)  # forward passes in a step
-    lr: float | None = Field(default=None, gt=0)  # None: the preset's
-    min_lr: float = Field(default=0.1, ge=0, le=1)  # share of lr at the end
-    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    warmup: int | None = Field(default=None, ge=0)  # steps; None: 200, or a tenth of the run
-    decay: float = Field(default=0.2, gt=0, le=1)  # the last share of a run with wsd
-    beta1: float = Field(default=0.9, ge=0, lt=1)
-    beta2: float = Field(default=0.95, ge=0, lt=1)
-    weight_decay: float = Field(default=0.1, ge=0)
-    dropout: float = Field(default=0.0, ge=0, lt=1)  # of a preset; a folder has its own
-    clip: float = Field(default=1.0, gt=0)  # norm of the gradient
-    seed: int = Field(default=0, ge=0)
+    model: str = option(
+        "gpt2-334m",
+        "Preset (gpt2-334m, gpt2-1.3b, llama-334m, llama-1.3b or tiny) or model folder.",
+        panel="Model and objective",
+        metavar="PRESET|FOLDER",
+    )
+    objective: ObjectiveName = option("lacy", "Rule that gives each position its target.")
+    budget: float = option(0.15, "Share of the tokens that may be chosen.", ge=0, le=1)
+    learn_softmax: LearnSoftmax = option("full", "Softmax at positions with a true token as target.")
+    dropout: float = option(0.0, "Dropout of a preset; a model folder has its own.", ge=0, lt=1)
 
-    # how long: the first limit that is reached ends the run; with none it is one epoch
-    max_steps: int | None = Field(default=None, ge=1)
-    gt_tokens: int | None = Field(default=None, ge=1)  # tokens with the gradient of their true token
-    epochs: float | None = Field(default=None, gt=0)
+    max_steps: int | None = option(
+        None, "Updates of the weights. The first limit reached ends the run.", panel="Length of the run", ge=1
+    )
+    gt_tokens: int | None = option(None, "Tokens trained on their true token.", ge=1)
+    epochs: float | None = option(None, "Passes over the data.", unset="1 where no limit is given", gt=0)
 
-    # on what
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"  # auto: bf16 on a GPU that has it
-    compile: Literal["auto", "on", "off"] = "auto"  # auto: on a GPU
-    parallel: Literal["ddp", "fsdp"] = "ddp"  # of several ranks
-    checkpoint_activations: bool = False
-    deterministic: bool = False  # on a GPU, at the price of speed; a CPU always is
+    batch: int = option(8, "Sequences in one forward pass of one rank.", panel="Optimizer", ge=1)
+    accumulate: int = option(1, "Forward passes in one step.", ge=1)
+    lr: float | None = option(None, "Peak learning rate.", unset="the preset's", gt=0)
+    min_lr: float = option(0.1, "Learning rate at the end, as a share of the peak.", ge=0, le=1)
+    schedule: Literal["cosine", "wsd", "constant"] = option("cosine", "Schedule of the learning rate.")
+    warmup: int | None = option(None, "Warm-up steps.", unset="200, a tenth of the run at most", ge=0)
+    decay: float = option(0.2, "Share of a run with wsd in which the learning rate decays.", gt=0, le=1)
+    beta1: float = option(0.9, "First beta of AdamW.", ge=0, lt=1)
+    beta2: float = option(0.95, "Second beta of AdamW.", ge=0, lt=1)
+    weight_decay: float = option(0.1, "Weight decay of matrices.", ge=0)
+    clip: float = option(1.0, "Norm to which gradients are clipped.", gt=0)
+    seed: int = option(0, "Seed of weights, order and random choice.", ge=0)
 
-    # what is kept and told
-    out: Path
-    save_every: int = Field(default=1000, ge=1)  # steps
-    keep: int = Field(default=2, ge=1)  # last checkpoints
-    keep_every: int | None = Field(default=None, ge=1)  # steps: checkpoints at its multiples stay
-    eval_every: int = Field(default=500, ge=1)  # steps
-    eval_tokens: int = Field(default=500_000, ge=1)
-    log_every: int = Field(default=10, ge=1)  # steps
-    tensorboard: bool = True
-    wandb: str | None = None  # project
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "Device.", panel="Hardware")
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = option(
+        "auto", "Arithmetic; auto is bf16 on a GPU that has it, else fp32."
+    )
+    compile: Literal["auto", "on", "off"] = option("auto", "torch.compile; auto is on for a GPU.")
+    parallel: Literal["ddp", "fsdp"] = option("ddp", "Parallelism of several ranks.")
+    checkpoint_activations: bool = option(False, "Recompute activations: less memory, a third more time.")
+    deterministic: bool = option(False, "Deterministic kernels on a GPU, at the price of speed; a CPU always is.")
 
-    @field_validator("objective")
-    @classmethod
-    def _known(cls, value: str) -> str:
-        objectives.parse(value)
-        return value
+    save_every: int = option(1000, "Steps between checkpoints.", panel="Checkpoints and logs", ge=1)
+    keep: int = option(2, "Latest checkpoints that are kept.", ge=1)
+    keep_every: int | None = option(None, "Steps whose multiples keep their checkpoints for good.", unset="none", ge=1)
+    eval_every: int = option(500, "Steps between validations.", ge=1)
+    eval_tokens: int = option(500_000, "Tokens of one validation, at most.", ge=1)
+    log_every: int = option(10, "Steps between lines of log.jsonl.", ge=1)
+    tensorboard: bool = option(True, "Write OUT/tensorboard.")
+    wandb: str | None = option(None, "Weights & Biases project to log to.", metavar="PROJECT")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -86,7 +92,7 @@ class TrainConfig(BaseModel):
         return self
 
 
-# What may differ when a run is resumed. The limits are among them, though they bend the learning rate's schedule.
+# Options that may change when a run is resumed. The limits are among them, though they bend the schedule.
 FREE = frozenset(
     {
         "dataset",
@@ -109,28 +115,28 @@ FREE = frozenset(
 )
 
 
-def load(flags: dict[str, Any], file: Path | None, resume: bool) -> TrainConfig:
-    """Flags go before the YAML file, the file before what a resumed run has on record, that before the defaults.
+def load(flags: dict[str, Any], file: Path | None = None, resume: bool = False) -> TrainConfig:
+    """Merge options: flags override the YAML file, which overrides the record of a resumed run, then the defaults.
 
-    Raises TrainingError for a file that cannot be read, for a folder that is in use, and for a resumed run that is
-    asked for something else than it began with; pydantic.ValidationError for a value out of range.
+    Raises UsageError for a file that cannot be read, for a folder in use, and for a resumed run whose options differ
+    from those that it began with; pydantic.ValidationError for a value out of range.
     """
     given = (_read(file) if file else {}) | flags
     out = Path(given["out"]) if "out" in given else None
     record = out / "config.yaml" if out else None
     if record is None or not record.exists():
         if out is not None and out.exists() and any(out.iterdir()):
-            raise TrainingError(f"{out} has files in it and is no run: name a new folder with --out")
+            raise UsageError(f"{out} has files in it and is not a run: name a new folder with --out")
         return TrainConfig(**given)
     if not resume:
-        raise TrainingError(f"{out} holds a run: go on with it by --resume, or name a new folder with --out")
+        raise UsageError(f"{out} holds a run: resume it with --resume, or name a new folder with --out")
     before = _read(record)
     config = TrainConfig(**(before | dataset_of(before, record.parent) | given))
     old = TrainConfig(**before)
     for name in TrainConfig.model_fields:
         if name not in FREE and getattr(config, name) != getattr(old, name):
             flag = "--" + name.replace("_", "-")
-            raise TrainingError(
+            raise UsageError(
                 f"{flag} was {getattr(old, name)} when {out} began, and is {getattr(config, name)} now: "
                 f"leave it as it was, or begin a new run with another --out"
             )
@@ -139,16 +145,20 @@ def load(flags: dict[str, Any], file: Path | None, resume: bool) -> TrainConfig:
 
 def save(config: TrainConfig) -> None:
     """Write OUT/config.yaml, which `load` reads."""
+    import yaml
+
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
     write_atomic(config.out / "config.yaml", text.encode())
 
 
 def _read(file: Path) -> dict[str, Any]:
+    import yaml
+
     try:
-        found = yaml.safe_load(file.read_text())
+        options = yaml.safe_load(file.read_text())
     except (OSError, yaml.YAMLError) as error:
         reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
-        raise TrainingError(f"cannot read {file}: {reason}") from None
-    if not isinstance(found, dict):
-        raise TrainingError(f"{file} is not a list of `name: value` lines")
-    return {str(name).replace("-", "_"): value for name, value in found.items()}
+        raise UsageError(f"cannot read {file}: {reason}") from None
+    if not isinstance(options, dict):
+        raise UsageError(f"{file} does not consist of `name: value` lines")
+    return {str(name).replace("-", "_"): value for name, value in options.items()}

@@ -206,7 +206,7 @@ def _preset(preset: Preset, context: int | None, dropout: float, labels: Labels)
 def _settings(folder: str) -> PreTrainedConfig:
     if not is_there(folder):
         raise TrainingError(
-            f"--model {folder} is neither a preset ({', '.join(PRESETS)}) nor a folder with config.json"
+            f"--model {folder} is neither a preset ({', '.join(PRESETS)}) nor a folder with config.json", usage=True
         )
     try:
         return AutoConfig.from_pretrained(folder)
@@ -227,7 +227,7 @@ def _from_folder(folder: str, labels: Labels) -> PreTrainedModel:
         raise TrainingError(f"cannot open the model {folder}: {' '.join(str(error).split())[:300]}") from error
     if _rows(network) < labels.vocab_size:
         network.resize_token_embeddings(labels.vocab_size, pad_to_multiple_of=ROUND_TO)
-    if not _plain_head(network):
+    if not plain_head(network):
         raise TrainingError(f"{folder}: its logits are no plain projection (scaled, capped, or with a bias)")
     return network
 
@@ -250,21 +250,29 @@ def _same_tokenizer(folder: str, labels: Labels) -> None:
     if any(ours.get(token) != index for token, index in theirs.items()):
         raise TrainingError(
             f"the tokenizer of {folder} is not the dataset's: label the corpus with --tokenizer {folder}, "
-            f"or train another model"
+            f"or train another model",
+            usage=True,
         )
 
 
 @torch.inference_mode()
-def _plain_head(network: PreTrainedModel) -> bool:
+def plain_head(network: PreTrainedModel) -> bool:
+    """Whether the logits are hidden states times the output embedding, as `lacy.trainer.head` computes them.
+
+    Some architectures scale or cap them, or add a bias. Tried on a short prompt.
+    """
     layer = network.get_output_embeddings()
     if layer is None or getattr(layer, "bias", None) is not None:
         return False
-    prompt = (torch.arange(16) * (_rows(network) // 16))[None]
+    prompt = (torch.arange(16, device=network.device) * (_rows(network) // 16))[None]
+    training = network.training
     network.eval()
-    theirs = network(input_ids=prompt, use_cache=False).logits
-    ours = nn.functional.linear(network.base_model(input_ids=prompt, use_cache=False).last_hidden_state, layer.weight)
-    network.train()
-    return ours.shape == theirs.shape and torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+    logits = network(input_ids=prompt, use_cache=False).logits.float()
+    hidden = network.base_model(input_ids=prompt, use_cache=False).last_hidden_state
+    network.train(training)
+    product = nn.functional.linear(hidden, layer.weight).float()
+    tolerance = 1e-4 if hidden.dtype == torch.float32 else 1e-2 * float(logits.std())
+    return logits.shape == product.shape and torch.allclose(logits, product, rtol=1e-4, atol=tolerance)
 
 
 def tokenizer_files(labels: Labels, context: int) -> dict[str, bytes]:

@@ -35,6 +35,8 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from lacy.schemas.codes import DELEGATE, IGNORE
+from lacy.schemas.hashing import shift, signed, splitmix64
+from lacy.trainer.config import LEARN_SOFTMAX, OBJECTIVES
 from lacy.trainer.head import Stats
 
 Batch = Mapping[str, Tensor]
@@ -50,9 +52,6 @@ _NEEDS: dict[str, frozenset[str]] = {
 }
 _BY_CURRENT_LOSS = frozenset({"lacy", "loss", "rho"})
 _IGNORE = "ignore-"
-
-NAMES: tuple[str, ...] = (*_NEEDS, *(_IGNORE + name for name in _NEEDS if name != "standard"))
-LEARN_SOFTMAX: tuple[str, ...] = ("full", "without_call", "detached")
 
 
 @dataclass(frozen=True)
@@ -73,9 +72,9 @@ class Objective:
 
 
 def parse(text: str) -> Objective:
-    """Raises ValueError for a name that is not in NAMES."""
-    if text not in NAMES:
-        raise ValueError(f"unknown objective {text!r}; choose one of {', '.join(NAMES)}")
+    """Raises ValueError for a name that is not in OBJECTIVES."""
+    if text not in OBJECTIVES:
+        raise ValueError(f"unknown objective {text!r}; choose one of {', '.join(OBJECTIVES)}")
     return Objective(text.removeprefix(_IGNORE), text.startswith(_IGNORE))
 
 
@@ -197,8 +196,8 @@ def hashes(seed: int, first_row: int, rows: int, length: int, device: torch.devi
     """
     row = torch.arange(first_row, first_row + rows, device=device)[:, None]
     column = torch.arange(length, device=device)
-    start = _mix(torch.full((1, 1), _signed(seed), device=device))
-    return _shift(_mix(_mix(start + row) + column), 33).to(torch.int32)
+    start = splitmix64(torch.full((1, 1), signed(seed), device=device))
+    return shift(splitmix64(splitmix64(start + row) + column), 33).to(torch.int32)
 
 
 def _sortable(scores: Tensor) -> Tensor:
@@ -208,23 +207,6 @@ def _sortable(scores: Tensor) -> Tensor:
     # float32 is a sign and a magnitude: the bits of negative numbers count downwards.
     bits = (scores.float().nan_to_num(-torch.inf, torch.inf, -torch.inf) + 0.0).view(torch.int32)
     return bits ^ (bits >> 31 & 0x7FFFFFFF)
-
-
-def _mix(x: Tensor) -> Tensor:
-    x = x + _signed(0x9E3779B97F4A7C15)
-    x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
-    return x ^ _shift(x, 31)
-
-
-def _shift(x: Tensor, bits: int) -> Tensor:
-    """int64 shifted right as if it had no sign."""
-    return x >> bits & (1 << 64 - bits) - 1
-
-
-def _signed(x: int) -> int:
-    """x modulo 2**64 as an int64."""
-    return (x + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
 # The loss.

@@ -1,53 +1,23 @@
-"""Answers of a language model, kept on disk: what was answered once is not asked again.
+"""A cache on disk of a language model's answers, so that no question is asked twice.
 
-The file has one JSON object a line, `{"key", "name", "text"}`, and is only ever added to. A key is a digest of all that
-decides a greedy answer: the model's name, the conversation, the schema and the most tokens. A line that a kill or a
-full disk cut off is passed over, and its question asked again.
+The file has one JSON object per line, `{"key", "name", "text"}`, and is only appended to. A key is a digest of all that
+determines a greedy answer: the model's name, the conversation, the schema and the limit of tokens. A line that was cut
+off by a kill or a full disk is skipped, and its question is asked again.
 """
 
 import json
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from pydantic import BaseModel, ConfigDict
 
+from lacy.labelers.llm.chat import Chat, Conversation, Reply
 from lacy.schemas.errors import CascadeError
 from lacy.schemas.files import sha256
 
-PORTION: Final = 64  # conversations; an interruption loses the answers of one portion at most
-
-Conversation = list[dict[str, str]]  # messages, each with "role" and "content"
-
-
-class Reply(Protocol):
-    """What a model said, or why it said nothing: one of the two is None."""
-
-    @property
-    def text(self) -> str | None: ...
-
-    @property
-    def error(self) -> str | None: ...
-
-
-class Chat(Protocol):
-    """A loaded chat model; those of `lacy.labelers.llm.chat` are such."""
-
-    def ask(self, conversations: list[Conversation], schema: dict[str, Any] | None, max_tokens: int) -> Sequence[Reply]:
-        """One reply per conversation, in order, which follows `schema` as far as the model can be made to."""
-        ...
-
-    def close(self) -> None: ...
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A `Reply`."""
-
-    text: str | None
-    error: str | None = None
+PORTION: Final = 64  # conversations; an interruption loses at most the answers of one portion
 
 
 class _Record(BaseModel):
@@ -59,15 +29,14 @@ class _Record(BaseModel):
 
 
 class Remembering:
-    """A chat that keeps every answer in the file `path`, and asks the model only what it has not answered yet.
+    """A chat that keeps every answer in the file `path`, and asks the model only what is not in there.
 
-    load     gives the model; called when the first question comes that is not in the file, so that a rerun of what is
-             complete loads none
-    name     of the model; another name has answers of its own in the same file
-    portion  conversations that the model is asked at once, and whose answers are on disk before it is asked more
+    load     loads the model; called for the first question that is not in the file, so that a complete rerun loads none
+    name     the model's name; each name has its own answers in the file
+    portion  conversations in one call of the model; their answers are on disk before the next call
 
-    `asked` counts the conversations that went to the model. Raises CascadeError when the file cannot be read, or is
-    none of answers.
+    `asked` counts the conversations that went to the model. Raises CascadeError if the file cannot be read, or is not a
+    file of answers.
     """
 
     def __init__(self, load: Callable[[], Chat], name: str, path: Path, *, portion: int = PORTION) -> None:
@@ -81,11 +50,11 @@ class Remembering:
         self._portion = portion
         self._known, self._cut_off = _read(path)
 
-    def ask(self, conversations: list[Conversation], schema: dict[str, Any] | None, max_tokens: int) -> list[Answer]:
-        """One answer per conversation, in order; those that are equal are asked once.
+    def ask(self, conversations: list[Conversation], schema: dict[str, Any] | None, max_tokens: int) -> list[Reply]:
+        """One answer per conversation, in order; equal conversations are asked once.
 
-        An error of a single conversation is in its answer, and is not kept. Raises what the model raises, after what it
-        said before has been kept, and CascadeError when the file cannot be written.
+        An error of a single conversation is in its reply, and is not kept. Raises what the model raises, after keeping
+        its earlier answers, and CascadeError if the file cannot be written.
         """
         keys = [_key(self._name, conversation, schema, max_tokens) for conversation in conversations]
         missing = {
@@ -102,10 +71,10 @@ class Remembering:
             answered = {key: reply.text for key, reply in zip(portion, replies, strict=True) if reply.text is not None}
             errors |= {key: reply.error for key, reply in zip(portion, replies, strict=True) if reply.text is None}
             self._keep(answered)
-        return [Answer(self._known[key]) if key in self._known else Answer(None, errors[key]) for key in keys]
+        return [Reply(self._known[key]) if key in self._known else Reply(None, errors[key]) for key in keys]
 
     def close(self) -> None:
-        """Close the model, if it was loaded. The next question that is not in the file loads it again."""
+        """Close the model if it is loaded. The next question that is not in the file loads it again."""
         if self._chat is not None:
             self._chat.close()
             self._chat = None
@@ -124,7 +93,7 @@ class Remembering:
                     view = view[file.write(view) :]
                 os.fsync(file.fileno())
         except OSError as error:
-            raise CascadeError(f"{self._path} cannot be written ({error.strerror}): answers are kept there") from None
+            raise CascadeError(f"{self._path} cannot be written ({error.strerror}): make room for answers") from None
         self._cut_off = False
         self._known |= answered
 
@@ -134,22 +103,22 @@ def _key(name: str, conversation: Conversation, schema: dict[str, Any] | None, m
 
 
 def _read(path: Path) -> tuple[dict[str, str], bool]:
-    """The answers by key, and whether the last line lacks its end. Nothing where there is no file."""
+    """The answers by key, and whether the last line is cut off. Without a file: no answers."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
         return {}, False
     except OSError as error:
-        raise CascadeError(f"{path} cannot be read ({error.strerror}): answers are kept there") from None
+        raise CascadeError(f"{path} cannot be read ({error.strerror}): make it readable, or remove it") from None
     *lines, last = data.split(b"\n")
     known = {}
     damaged = 0
     for line in [*lines, last] if last else lines:
         try:
-            record = _Record.model_validate(json.loads(line))  # pydantic's own parser refuses half characters
+            record = _Record.model_validate(json.loads(line))  # pydantic's own parser refuses lone surrogates
             known[record.key] = record.text
         except (ValueError, RecursionError):
             damaged += line is not last and bool(line)
     if damaged and not known:
-        raise CascadeError(f"{path} is no file of answers: name another, or remove it")
+        raise CascadeError(f"{path} is not a file of answers: move it away or remove it")
     return known, bool(last)

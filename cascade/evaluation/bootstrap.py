@@ -1,7 +1,7 @@
-"""Intervals by the percentile bootstrap over clusters: documents or prompts, whose tokens depend on one another.
+"""Percentile bootstrap intervals over clusters: documents or prompts, whose tokens depend on one another.
 
 A resample draws as many clusters as there are, with replacement; a cluster that is drawn twice counts twice, with all
-its units. So a statistic is a function of multiplicities, built once from the units and evaluated for each resample:
+its units. A statistic is therefore a function of multiplicities, built once and evaluated for each resample:
 
     right = mean(document, correct)                    # document (N,) int: the cluster of each token
     interval(documents, right)                         # Interval(value, low, high)
@@ -19,8 +19,8 @@ import numpy as np
 
 RESAMPLES: Final = 1000
 LEVEL: Final = 0.95
-MOST_RANKED: Final = 200_000  # units of a rank statistic; of more, a sample spread evenly over the ranks serves
-_BLOCK: Final = 1 << 20  # multiplicities that exist at a time
+MOST_RANKED: Final = 200_000  # units of a rank statistic; of more, a sample at even distances over the ranks is used
+_BLOCK: Final = 1 << 20  # multiplicities in memory at a time
 
 # (R, D) integers, how often each resample has each cluster, to its values, (R,) float64; NaN where it is undefined
 Statistic = Callable[[np.ndarray], np.ndarray]
@@ -35,9 +35,9 @@ class Interval(NamedTuple):
 def interval(
     clusters: int, statistic: Statistic, *, resamples: int = RESAMPLES, seed: int = 0, level: float = LEVEL
 ) -> Interval | None:
-    """A statistic of D clusters, and where it lies for `level` of the resamples; None with fewer than two clusters.
+    """A statistic of D clusters, with the interval of `level` of its resamples; None for fewer than two clusters.
 
-    It is None too where the statistic is undefined, as an AUC without positives; resamples where it is do not count.
+    It is also None if the statistic is undefined, like an AUC without positives; undefined resamples do not count.
     """
     if clusters < 2:
         return None
@@ -48,7 +48,7 @@ def interval(
 def difference(
     clusters: int, a: Statistic, b: Statistic, *, resamples: int = RESAMPLES, seed: int = 0, level: float = LEVEL
 ) -> Interval | None:
-    """Of a - b, as `interval`, paired: both statistics see the same resamples of the same D clusters."""
+    """The `interval` of a - b, paired: both statistics see the same resamples of the same D clusters."""
 
     def both(multiplicities: np.ndarray) -> np.ndarray:
         return a(multiplicities) - b(multiplicities)
@@ -57,7 +57,7 @@ def difference(
 
 
 def resampled(clusters: int, statistic: Statistic, *, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
-    """(resamples,) float64: its values. The resamples follow from the seed and the number of clusters alone."""
+    """(resamples,) float64: the statistic's values. Seed and number of clusters alone determine the resamples."""
     rng = np.random.default_rng(seed)
     rows = max(1, _BLOCK // clusters)
     values = []
@@ -70,7 +70,7 @@ def resampled(clusters: int, statistic: Statistic, *, resamples: int = RESAMPLES
 
 
 def bounds(values: np.ndarray, level: float = LEVEL) -> tuple[float, float] | None:
-    """The percentiles between which `level` of the resampled values lie, NaN left out; None where all are NaN."""
+    """The percentiles that enclose `level` of the resampled values, without NaN; None if all are NaN."""
     defined = values[~np.isnan(values)]
     if not len(defined):
         return None
@@ -79,9 +79,9 @@ def bounds(values: np.ndarray, level: float = LEVEL) -> tuple[float, float] | No
 
 
 def mean(cluster: np.ndarray, values: np.ndarray, weights: np.ndarray | None = None) -> Statistic:
-    """The mean of units with `values` (N,) in clusters (N,) int, weighted by `weights` (N,) where given.
+    """The mean of N units with `values` (N,) in clusters (N,) int, optionally weighted by `weights` (N,).
 
-    With weights 0 and 1 it is a mean among some: the share of right tokens among the factual ones.
+    Weights of 0 and 1 give the mean of a subset, such as the share of correct tokens among the factual ones.
     """
     weights = np.ones(len(values)) if weights is None else np.asarray(weights, np.float64)
     total = np.bincount(cluster, values * weights)
@@ -96,53 +96,53 @@ def mean(cluster: np.ndarray, values: np.ndarray, weights: np.ndarray | None = N
 
 
 def auc(cluster: np.ndarray, score: np.ndarray, wanted: np.ndarray, most: int = MOST_RANKED) -> Statistic:
-    """The area under the ROC curve: how likely a wanted unit has a higher score than another, ties counted half.
+    """The area under the ROC curve: the probability that a wanted unit scores higher than another, ties counted half.
 
-    cluster (N,) int, score (N,) finite floats, wanted (N,) bool. Undefined where either kind is missing.
+    cluster (N,) int, score (N,) finite floats, wanted (N,) bool. Undefined if either kind is missing.
     """
     ranked = _rank(cluster, score, wanted, most)
 
     def one(multiplicities: np.ndarray) -> float:
-        called, found = ranked.counts(multiplicities)
-        missed = called - found
-        pairs = float(found[-1]) * float(missed[-1])
-        return float(np.diff(missed) @ (found[1:] + found[:-1])) / 2 / pairs if pairs else np.nan
+        called, hits = ranked.counts(multiplicities)
+        misses = called - hits
+        pairs = float(hits[-1]) * float(misses[-1])
+        return float(np.diff(misses) @ (hits[1:] + hits[:-1])) / 2 / pairs if pairs else np.nan
 
     return lambda multiplicities: np.array([one(row) for row in multiplicities])
 
 
 def average_precision(cluster: np.ndarray, score: np.ndarray, wanted: np.ndarray, most: int = MOST_RANKED) -> Statistic:
-    """The mean over wanted units of the precision among all with a score as high, as scikit-learn defines it.
+    """The mean over wanted units of the precision among all units that score as high, as in scikit-learn.
 
-    Arguments as of `auc`, and undefined where it is.
+    Arguments as for `auc`; undefined where it is.
     """
     ranked = _rank(cluster, score, wanted, most)
 
     def one(multiplicities: np.ndarray) -> float:
-        called, found = ranked.counts(multiplicities)
-        if found[-1] in (0, called[-1]):
+        called, hits = ranked.counts(multiplicities)
+        if hits[-1] in (0, called[-1]):
             return np.nan
-        return float(np.diff(found) @ (found[1:] / np.maximum(called[1:], 1))) / float(found[-1])
+        return float(np.diff(hits) @ (hits[1:] / np.maximum(called[1:], 1))) / float(hits[-1])
 
     return lambda multiplicities: np.array([one(row) for row in multiplicities])
 
 
 def _around(value: float, values: np.ndarray, level: float) -> Interval | None:
-    found = bounds(values, level)
-    return None if np.isnan(value) or found is None else Interval(value, *found)
+    limits = bounds(values, level)
+    return None if np.isnan(value) or limits is None else Interval(value, *limits)
 
 
 @dataclass(frozen=True)
 class _Ranked:
-    """Units by falling score, in groups of equal scores."""
+    """Units in descending order of score, in groups of equal scores."""
 
     cluster: np.ndarray  # (N,)
-    ends: np.ndarray  # (groups + 1,) how many units stand before each group, and in all
-    wanted: np.ndarray  # places of the wanted units
-    wanted_ends: np.ndarray  # (groups + 1,) as ends, of the wanted units
+    ends: np.ndarray  # (groups + 1,) units before each group, and in total
+    wanted: np.ndarray  # indices of the wanted units
+    wanted_ends: np.ndarray  # (groups + 1,) as `ends`, of wanted units
 
     def counts(self, multiplicities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(groups + 1,) float64 each: units, and wanted units, down to each group, the first 0."""
+        """(groups + 1,) float64 each: units, and wanted units, down to each group, beginning with 0."""
         weights = multiplicities[self.cluster]
         return _sums(weights)[self.ends], _sums(weights[self.wanted])[self.wanted_ends]
 
@@ -153,14 +153,14 @@ def _rank(cluster: np.ndarray, score: np.ndarray, wanted: np.ndarray, most: int)
         order = order[_thinned(wanted[order], most)]
     score, wanted = score[order], wanted[order]
     ends = np.flatnonzero(np.r_[True, score[1:] != score[:-1], True]) if len(order) else np.zeros(1, np.int64)
-    places = np.flatnonzero(wanted)
-    return _Ranked(cluster[order], ends, places, np.searchsorted(places, ends))
+    hits = np.flatnonzero(wanted)
+    return _Ranked(cluster[order], ends, hits, np.searchsorted(hits, ends))
 
 
 def _thinned(wanted: np.ndarray, most: int) -> np.ndarray:
-    """Places of about `most` of N units in order, at even distances among those wanted and among the others.
+    """Indices of about `most` of N ordered units, at even distances among the wanted and among the other ones.
 
-    So the curve of the sample is that of all units, to a step of it.
+    The sample's curve is then that of all units, to within one step.
     """
     kept = []
     for kind in (np.flatnonzero(wanted), np.flatnonzero(~wanted)):
@@ -170,7 +170,7 @@ def _thinned(wanted: np.ndarray, most: int) -> np.ndarray:
 
 
 def _sums(weights: np.ndarray) -> np.ndarray:
-    """(N + 1,) float64, of the integers before each place; exact."""
+    """(N + 1,) float64: exact sums of the integers before each index."""
     sums = np.zeros(len(weights) + 1)
     np.cumsum(weights, out=sums[1:])
     return sums

@@ -1,9 +1,9 @@
 """Runs side by side: the main figures of their evaluations, as tables and as a page with curves.
 
-Read is what `cascade.evaluation.results` keeps of each run's newest checkpoint. Intervals are bootstrapped from the
-units of the results (`cascade.evaluation.bootstrap`), over documents, prompts, entities or questions. Where a run and
-the first one were measured on the same of these, there is also the interval of their difference, paired: both see the
-same resamples.
+The figures are those saved for each run's newest checkpoint (`lacy.cascade.evaluation.results`). Intervals are
+bootstrapped from the units of the results (`lacy.cascade.evaluation.bootstrap`), over documents, prompts, entities or
+questions. If a run was measured on the same of these as the first one, there is also an interval of their difference,
+paired: both see the same resamples.
 """
 
 import io
@@ -25,19 +25,26 @@ from rich.text import Text
 
 from lacy.cascade.evaluation import bootstrap, results
 from lacy.cascade.evaluation.results import Result
-from lacy.cascade.model import checkpoint, results_folder
+from lacy.cascade.language_model import checkpoint, results_folder
 from lacy.schemas.errors import CascadeError, TrainingError
 from lacy.schemas.pages import template
 from lacy.trainer import config, logs
 
 WIDTH: Final = 100  # columns of the tables where there is no terminal
-SHOWN: Final = 0.6  # share called up to which curves are drawn; of few kept tokens the accuracy is noise
+SHOWN: Final = 0.6  # share called up to which curves are drawn; the accuracy on few kept tokens is noise
 CURVES: Final = {
     "kept_accuracy": "accuracy of the tokens kept",
     "covered": "share of factual and wrong tokens called",
 }
-COLOURS: Final = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito's, for all eyes
-DASHES: Final = ((), (4, 2), (1, 1.5), (5, 1.5, 1, 1.5))  # widths of a line and of the gap behind it
+COLORS: Final = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+)  # Okabe and Ito's, safe for color blindness
+DASHES: Final = ((), (4, 2), (1, 1.5), (5, 1.5, 1, 1.5))  # widths of dashes and gaps
 STYLE: Final[Any] = {
     "svg.hashsalt": "lacy",
     "svg.fonttype": "none",
@@ -53,7 +60,7 @@ STYLE: Final[Any] = {
     "grid.alpha": 0.25,
 }
 
-# What gives the results of each kind, for a run.
+# The commands that produce a run's results of each kind.
 COMMANDS: Final = {
     "delegation": "lacy eval delegation {}",
     "leakage": "lacy eval leakage {}",
@@ -65,7 +72,7 @@ COMMANDS: Final = {
 
 @dataclass(frozen=True)
 class Units:
-    """What a figure is over: `clusters` of them, a statistic, and what tells whether another run has the same."""
+    """The units behind a figure: the number of clusters, the statistic, and an identity equal for the same units."""
 
     clusters: int
     statistic: bootstrap.Statistic
@@ -74,7 +81,7 @@ class Units:
 
 @dataclass(frozen=True)
 class Column:
-    """A figure of a kind of evaluation; `units` gives None where a model has no such figure."""
+    """A figure of a kind of evaluation; `units` returns None if a model has no such figure."""
 
     kind: str
     figure: str
@@ -93,7 +100,7 @@ class _Model(BaseModel):
 
 
 class Estimate(_Model):
-    """A figure with its interval (`bootstrap.LEVEL`), None where there are fewer than two clusters."""
+    """A figure with its interval (`bootstrap.LEVEL`), None for fewer than two clusters."""
 
     value: float
     low: float | None = None
@@ -101,12 +108,12 @@ class Estimate(_Model):
 
     @property
     def clear(self) -> bool:
-        """Whether 0 lies outside of the interval."""
+        """Whether 0 is outside of the interval."""
         return self.low is not None and self.high is not None and not self.low <= 0 <= self.high
 
 
 class Curve(_Model):
-    """By share of tokens called (S,), those of the highest `score`; None where undefined."""
+    """Values by share of tokens called (S,), those with the highest `score`; None where undefined."""
 
     score: str
     shares: list[float]
@@ -114,16 +121,16 @@ class Curve(_Model):
 
 
 class Row(_Model):
-    """A run. `figures` and `differences`, to the first run, are by the name of their column."""
+    """A run; `figures`, and `differences` from the first run, are by column name."""
 
     name: str
     checkpoint: str
     objective: str | None
-    learnt_tokens: int | None
+    learnt_tokens: int | None  # trained on the true token; the name is part of the JSON output
     figures: dict[str, Estimate | None]
     differences: dict[str, Estimate | None]
     missing: list[str]  # kinds that were not evaluated
-    hints: list[str]  # commands that would
+    hints: list[str]  # commands that evaluate them
     curve: Curve | None = Field(default=None, exclude=True)
 
 
@@ -133,7 +140,7 @@ class Comparison(_Model):
 
 
 def compare(runs: Sequence[Path]) -> Comparison:
-    """Read the results of runs, or of checkpoints. Raises CascadeError where one has no checkpoint, or is damaged."""
+    """Compare the results of runs or checkpoints. Raises CascadeError if one has no checkpoint, or is damaged."""
     rows: list[Row] = []
     first: dict[str, _Measured] = {}
     for number, (run, name) in enumerate(zip(runs, names(runs), strict=True)):
@@ -141,19 +148,19 @@ def compare(runs: Sequence[Path]) -> Comparison:
         read = {kind: results.read(results_folder(folder), kind) for kind in KINDS}
         measured = {}
         for column in COLUMNS:
-            found = read[column.kind]
-            if found is not None and (figure := _measured(column, *found)) is not None:
+            saved = read[column.kind]
+            if saved is not None and (figure := _measured(column, *saved)) is not None:
                 measured[column.name] = figure
         if number == 0:
             first = measured
         missing = [kind for kind in KINDS if read[kind] is None]
-        objective, learnt = _training(folder)
+        objective, learned = _training(folder)
         rows.append(
             Row(
                 name=name,
                 checkpoint=folder.name,
                 objective=objective,
-                learnt_tokens=learnt,
+                learnt_tokens=learned,
                 figures={
                     column.name: measured[column.name].estimate if column.name in measured else None
                     for column in COLUMNS
@@ -171,9 +178,9 @@ def compare(runs: Sequence[Path]) -> Comparison:
 
 
 def names(runs: Sequence[Path]) -> list[str]:
-    """What to call each run: its folder's name, with as many of the folders above as tell it from the others.
+    """A name for each run: its folder's name, with as many parent folders as distinguish it from the others.
 
-    A checkpoint is RUN/STEP; what is named twice is numbered.
+    A checkpoint is RUN/STEP; runs that are given twice are numbered.
     """
     parts = [[part for part in run.resolve().parts if part != "checkpoints"] for run in runs]
     depths = [2 if run.resolve().parent.name == "checkpoints" else 1 for run in runs]
@@ -188,7 +195,7 @@ def names(runs: Sequence[Path]) -> list[str]:
 
 
 def show(comparison: Comparison, console: Console) -> None:
-    """Print the tables; what is no terminal gets plain text of WIDTH columns."""
+    """Print the tables; without a terminal, as plain text of WIDTH columns."""
     if not console.is_terminal:
         console = Console(file=console.file, width=WIDTH, color_system=None)
     figures = _table("run")
@@ -209,8 +216,8 @@ def show(comparison: Comparison, console: Console) -> None:
             differences.add_row(
                 Text(_plain(row.name), style="bold"),
                 *(
-                    Text(cell(c, found, difference=True), style="bold" if found and found.clear else "")
-                    for c, found in estimates
+                    Text(cell(c, estimate, difference=True), style="bold" if estimate and estimate.clear else "")
+                    for c, estimate in estimates
                 ),
             )
         console.print()
@@ -221,20 +228,20 @@ def show(comparison: Comparison, console: Console) -> None:
 
 
 def notes(comparison: Comparison) -> list[str]:
-    """What the tables mean, and what would fill their gaps."""
+    """Explanations of the tables, and the commands that would fill their gaps."""
     lines = [f"{column.title}: {column.note}" for column in COLUMNS]
-    lines.append(f"In brackets: {comparison.level:.0%} bootstrap intervals, of differences paired.")
+    lines.append(f"In brackets: {comparison.level:.0%} bootstrap intervals, paired for differences.")
     if any(
         row.differences[name] is None for row in comparison.rows[1:] for name in row.differences if row.figures[name]
     ):
-        lines.append("No difference: measured on other documents, prompts or questions than the first run.")
+        lines.append("No difference: not measured on the same documents, prompts or questions as the first run.")
     missing = {kind for row in comparison.rows for kind in row.missing}
     gaps = [hint.format("RUN") for kind, hint in COMMANDS.items() if kind in missing]
-    return lines + ([f"Where there is a dash: {'; '.join(gaps)}"] if gaps else [])
+    return lines + ([f"To fill in a dash: {'; '.join(gaps)}"] if gaps else [])
 
 
 def cell(column: Column, estimate: Estimate | None, difference: bool = False) -> str:
-    """A figure, and on a second line its interval; a dash where there is none. Shares differ by percentage points."""
+    """A figure, and on a second line its interval; a dash without one. Differences of shares are percentage points."""
     if estimate is None:
         return "-"
     scale, digits, unit = (100, 1, " pp" if difference else " %") if column.percent else (1, 3, "")
@@ -246,17 +253,17 @@ def cell(column: Column, estimate: Estimate | None, difference: bool = False) ->
 
 
 def trained(row: Row) -> str:
-    """What the run was trained by, and on how many tokens with a gradient of their true token."""
+    """The run's objective, and the number of tokens that were trained on their true token."""
     count = row.learnt_tokens
-    learnt = None
+    learned = None
     if count is not None:
         unit, size = next(((u, s) for u, s in (("B", 1e9), ("M", 1e6), ("K", 1e3)) if count >= s), ("", 1))
-        learnt = f"{count / size:.3g}{unit} learnt"
-    return ", ".join(part for part in (row.objective, learnt) if part) or "-"
+        learned = f"{count / size:.3g}{unit} learned"
+    return ", ".join(part for part in (row.objective, learned) if part) or "-"
 
 
 def page(comparison: Comparison) -> str:
-    """One HTML page of its own: tables, curves, notes. All text is escaped; the same comparison gives the same page.
+    """A self-contained HTML page: tables, curves, notes. Text is escaped; equal comparisons give equal pages.
 
     Raises CascadeError without matplotlib.
     """
@@ -279,7 +286,7 @@ def page(comparison: Comparison) -> str:
 @dataclass(frozen=True)
 class _Measured:
     estimate: Estimate
-    draws: np.ndarray | None  # (resamples,) the statistic's values, from the seed and the number of clusters
+    draws: np.ndarray | None  # (resamples,) the statistic's values on the resamples
     identity: tuple[np.ndarray, ...]
 
 
@@ -287,9 +294,8 @@ def _measured(column: Column, result: Result, table: pa.Table) -> _Measured | No
     try:
         units = column.units(table)
     except (KeyError, TypeError, ValueError, pa.ArrowException):
-        raise CascadeError(
-            f"the units of {column.kind} of {result.checkpoint} are damaged: lacy eval {column.kind} writes them anew"
-        ) from None
+        again = COMMANDS[column.kind].format("RUN")
+        raise CascadeError(f"the {column.kind} units of {result.checkpoint} are damaged: rerun {again}") from None
     if units is None or not units.clusters:
         return None
     value = float(units.statistic(np.ones((1, units.clusters), np.int32))[0])
@@ -304,8 +310,8 @@ def _difference(mine: _Measured | None, first: _Measured | None) -> Estimate | N
     if mine is None or first is None or mine.draws is None or first.draws is None:
         return None
     same = len(mine.identity) == len(first.identity) and all(map(np.array_equal, mine.identity, first.identity))
-    found = bootstrap.bounds(mine.draws - first.draws) if same else None
-    return found and Estimate(value=mine.estimate.value - first.estimate.value, low=found[0], high=found[1])
+    bounds = bootstrap.bounds(mine.draws - first.draws) if same else None
+    return bounds and Estimate(value=mine.estimate.value - first.estimate.value, low=bounds[0], high=bounds[1])
 
 
 def _tokens(table: pa.Table) -> Units | None:
@@ -322,7 +328,7 @@ def _tokens(table: pa.Table) -> Units | None:
 
 
 def _prompts(value: str, weight: str | None = None) -> Callable[[pa.Table], Units]:
-    """The mean of a column over prompts, or its sum over that of `weight`; clusters are documents where there are."""
+    """The mean of a column over prompts, or its sum over that of `weight`; clusters are documents if there are any."""
 
     def units(table: pa.Table) -> Units:
         table = table.sort_by("prompt")
@@ -339,7 +345,7 @@ def _prompts(value: str, weight: str | None = None) -> Callable[[pa.Table], Unit
 
 
 def _entities(table: pa.Table) -> Units:
-    """The mean score of the texts that have one."""
+    """The mean score of the texts with a score."""
     entities, cluster = np.unique(table["entity"].to_numpy(), return_inverse=True)
     score = table["score"].cast(pa.float64()).to_numpy()
     scored = np.isfinite(score)
@@ -364,7 +370,7 @@ COLUMNS: Final = (
         "delegation",
         "auc.margin.factual_wrong",
         "call AUC",
-        "how well the score of <CALL> tells factual tokens that the model gets wrong from all others.",
+        "how well the score of <CALL> separates factual tokens that the model gets wrong from all others.",
         _tokens,
         percent=False,
     ),
@@ -372,18 +378,22 @@ COLUMNS: Final = (
         "leakage",
         "contained",
         "leaked",
-        "prompts whose fact is in what the model writes, unable to call.",
+        "prompts whose fact the model states when it cannot call.",
         _prompts("contained"),
     ),
     Column(
         "containment",
         "contained",
         "contained",
-        "prompts whose fact is in what the cascade writes.",
+        "prompts whose fact the cascade states.",
         _prompts("contained"),
     ),
     Column(
-        "containment", "called", "called", "share of its positions that asked the partner.", _prompts("calls", "tokens")
+        "containment",
+        "called",
+        "called",
+        "share of its positions that called the partner.",
+        _prompts("calls", "tokens"),
     ),
     Column("factscore", "score", "FActScore", "facts of a text that the knowledge source supports.", _entities),
     Column("nlu", "average", "NLU", "mean over tasks of acc_norm or acc, <CALL> forbidden.", _questions),
@@ -392,11 +402,11 @@ KINDS: Final = tuple(dict.fromkeys(column.kind for column in COLUMNS))
 
 
 def _training(folder: Path) -> tuple[str | None, int | None]:
-    """The objective, and the tokens learnt up to a checkpoint, as far as its run's folder tells them."""
+    """The objective, and the tokens learned up to a checkpoint; None where its run's folder does not say."""
     run = folder.parent.parent
     if folder.parent.name != "checkpoints":
         return None, None
-    objective = learnt = None
+    objective = learned = None
     with suppress(TrainingError, ValidationError, TypeError):
         objective = config.load({"out": run}, None, resume=True).objective if (run / "config.yaml").is_file() else None
     with suppress(OSError, ValueError, KeyError, TypeError):
@@ -404,35 +414,35 @@ def _training(folder: Path) -> tuple[str | None, int | None]:
         counts = [
             int(record["gt_tokens"]) for record in logs.read(run) if "gt_tokens" in record and record["step"] <= step
         ]
-        learnt = counts[-1] if counts else None
-    return objective, learnt
+        learned = counts[-1] if counts else None
+    return objective, learned
 
 
-def _curve(found: tuple[Result, pa.Table] | None) -> Curve | None:
-    """By margin, else by uncertainty, of a model that has no <CALL>."""
-    curves = found[0].details.get("curves") if found else None
-    if found is None or not curves:
+def _curve(saved: tuple[Result, pa.Table] | None) -> Curve | None:
+    """The curve by margin, or by uncertainty for a model without <CALL>."""
+    curves = saved[0].details.get("curves") if saved else None
+    if saved is None or not curves:
         return None
     score = "margin" if "margin" in curves else "uncertainty"
     try:
         return Curve(
             score=score,
-            shares=found[0].details["shares"],
+            shares=saved[0].details["shares"],
             values={name: curves[score][name] for name in CURVES},
         )
     except (KeyError, TypeError, ValidationError):
         raise CascadeError(
-            f"the curves of {found[0].checkpoint} are damaged: lacy eval delegation writes them anew"
+            f"the curves of {saved[0].checkpoint} are damaged: write them again with lacy eval delegation"
         ) from None
 
 
 def _looks() -> Any:
-    """Colour and dashes of one run's lines after another's; all colours before a second kind of dashes."""
-    return cycle((colour, dashes) for dashes, colour in product(DASHES, COLOURS))
+    """Color and dashes of each run's lines: all colors before the next kind of dashes."""
+    return cycle((color, dashes) for dashes, color in product(DASHES, COLORS))
 
 
 def _charts(lines: Sequence[tuple[Curve, str, tuple[float, ...]]]) -> str:
-    """An SVG element. It has no text but the axes', so that no run's name is ever markup or mathematics."""
+    """An SVG element. Its only text is that of the axes, so that no run's name is read as markup or mathematics."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
@@ -444,11 +454,11 @@ def _charts(lines: Sequence[tuple[Curve, str, tuple[float, ...]]]) -> str:
         matplotlib.rcParams.update(STYLE)
         figure = Figure(figsize=(10.4, 3.7), layout="constrained")
         for axes, (name, label) in zip(figure.subplots(1, len(CURVES)), CURVES.items(), strict=True):
-            for curve, colour, dashes in lines:
+            for curve, color, dashes in lines:
                 shown = np.array(curve.shares) <= SHOWN
                 values = np.array(curve.values[name], np.float64)
                 line = (0, dashes) if dashes else "-"
-                axes.plot(np.array(curve.shares)[shown], values[shown], color=colour, linewidth=1.8, linestyle=line)
+                axes.plot(np.array(curve.shares)[shown], values[shown], color=color, linewidth=1.8, linestyle=line)
             axes.set_xlim(0, SHOWN)
             axes.set_xlabel("share of tokens called")
             axes.set_ylabel(label)
@@ -468,5 +478,5 @@ def _table(title: str) -> Table:
 
 
 def _plain(text: str) -> str:
-    """In one line, with nothing in it that steers a terminal."""
+    """The text on one line, without characters that control a terminal."""
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)

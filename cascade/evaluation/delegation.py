@@ -1,18 +1,19 @@
-"""Does the model call where it would be wrong about a fact? On held-out labelled documents, with the true text before.
+"""Does the model call where it would be wrong about a fact? Measured on held-out labelled documents.
 
-Each call score ranks the tokens. Against four targets there is the area under its ROC curve, and its average precision:
+At each token, with the true text before it, each call score gives a rank. For four targets the results contain the area
+under its ROC curve and its average precision:
 
     factual              factual tokens, among all
     wrong                tokens that the model would not write by itself, among all
     factual_wrong        tokens that are both, among all: where a call pays
     wrong_among_factual  tokens that the model would not write, among the factual ones
 
-And when the tokens of the highest scores, a share of all, are called: the accuracy on those that were kept, the
-accuracy of the whole were the partner always right, and the share of factual_wrong that the calls cover.
+And if the tokens with the highest scores, a share of all, are called: the accuracy on the tokens kept, the accuracy on
+all tokens if the partner were always right, and the share of factual_wrong tokens that the calls cover.
 
-Documents are numbered as they come, and halved by parity. `fit_weight` sees the even ones; all figures are of the odd
-ones, with or without a fit. So they compare between scores, checkpoints and runs, and a weight that was fitted earlier
-has seen none of the documents that are reported. Intervals are over documents (`lacy.cascade.evaluation.bootstrap`).
+Documents are numbered in order and split by parity. `fit_weight` sees the even ones; all figures are of the odd ones,
+with or without a fit. So figures are comparable between scores, checkpoints and runs, and no fitted weight has seen the
+reported documents. Intervals are over documents (`lacy.cascade.evaluation.bootstrap`).
 """
 
 import json
@@ -24,7 +25,7 @@ from typing import Any, Final
 import numpy as np
 import pyarrow as pa
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -33,14 +34,15 @@ from transformers.modeling_utils import PreTrainedModel
 
 from lacy.cascade.calls import CALL_SCORES, CallScore, Fitted, Scores, read_fitted, write_fitted
 from lacy.cascade.evaluation import bootstrap, results
+from lacy.cascade.evaluation.options import DelegationOptions as Options
 from lacy.cascade.evaluation.results import Result
-from lacy.cascade.model import Model, checkpoint, open_model, results_folder
-from lacy.schemas.errors import CascadeError, DatasetError, TrainingError
+from lacy.cascade.language_model import Model, checkpoint, open_model, results_folder
+from lacy.schemas.errors import CascadeError, DatasetError, UsageError
 from lacy.trainer import shards
 from lacy.trainer.config import TrainConfig, load
 from lacy.trainer.data import held_out
 from lacy.trainer.head import Measures
-from lacy.trainer.model import Learner
+from lacy.trainer.model import Learner, plain_head
 from lacy.trainer.shards import Labels, enough_held_out, open_labels
 
 KIND: Final = "delegation"
@@ -48,34 +50,18 @@ TARGETS: Final = ("factual", "wrong", "factual_wrong", "wrong_among_factual")
 SHARES: Final = (0.0, 0.05, 0.1, 0.15, 0.22, 0.3, 0.4, 0.5)  # called; 0.22 is the paper's
 CURVE: Final = 101  # shares of the curves, from 0 to 1
 RESAMPLES: Final = 400
-CONTEXT: Final = 1024  # tokens, where neither the options nor a run say
-# Weights that `fit_weight` tries, in units of margin's standard deviation over that of uncertainty: steps of 9 %.
+CONTEXT: Final = 1024  # tokens, unless the options or a run say otherwise
+# Weights that `fit_weight` tries, in units of the standard deviation of margin over that of uncertainty: steps of 9 %.
 _WEIGHTS: Final = np.r_[0, 2 ** np.arange(-6, 8.01, 0.125)]
 
-Tell = Callable[[str, dict[str, Any]], None]  # hears "measure" with {"tokens": so far, "done": share, about}
-
-
-class Options(BaseModel):
-    """What to measure on; None: as the run was trained."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    dataset: str | None = None  # a folder, or a URL of an object store
-    labels: str | None = None
-    holdout: float | None = Field(default=None, gt=0, le=1)  # share of the documents, by a hash of their ids
-    max_tokens: int = Field(default=500_000, ge=1)
-    context: int | None = Field(default=None, ge=2)  # tokens; never more than the model's
-    mask_documents: bool | None = None  # no attention from one document to another
-    batch: int = Field(default=8, ge=1)  # sequences in a forward pass
-    device: str = "auto"
-    dtype: str = "auto"
+Tell = Callable[[str, dict[str, Any]], None]  # gets "measure" and {"tokens": so far, "done": approximate share}
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """N tokens of held-out documents, end tokens left out.
+    """N tokens of held-out documents, without end tokens.
 
-    document     (N,) int32, the running number of a token's document among those held out
+    document     (N,) int32, the number of the token's document among those held out
     margin       (N,) float32; None for a model without <CALL>
     uncertainty  (N,) float32
     factual      (N,) bool
@@ -91,7 +77,7 @@ class Tokens:
     nll: np.ndarray
 
     def where(self, chosen: np.ndarray) -> "Tokens":
-        """Those of a mask (N,) bool."""
+        """The tokens of a mask (N,) bool."""
         margin = None if self.margin is None else self.margin[chosen]
         others = self.uncertainty, self.factual, self.correct, self.nll
         return Tokens(self.document[chosen], margin, *(values[chosen] for values in others))
@@ -101,26 +87,26 @@ class Tokens:
         return self.factual & ~self.correct
 
     def target(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """(N,) bool each: the tokens that a target of TARGETS is told apart among, and those that it is."""
+        """(N,) bool each: the tokens among which a target of TARGETS is to be detected, and the target itself."""
         among = self.factual if name == "wrong_among_factual" else np.ones(len(self.factual), bool)
         wanted = {"factual": self.factual, "factual_wrong": self.factual_wrong}.get(name, ~self.correct)
         return among, wanted
 
     def scores(self, weight: float | None) -> dict[CallScore, np.ndarray]:
-        """(N,) float32 each: the scores that this model has; "combined" where there is a weight."""
+        """(N,) float32 each: the scores that this model has; "combined" if there is a weight."""
         if self.margin is None:
             return {"uncertainty": self.uncertainty}
-        found = Scores(self.margin, self.uncertainty)
-        return {kind: found.of(kind, weight or 0.0) for kind in CALL_SCORES if kind != "combined" or weight is not None}
+        both = Scores(self.margin, self.uncertainty)
+        return {kind: both.of(kind, weight or 0.0) for kind in CALL_SCORES if kind != "combined" or weight is not None}
 
 
 def evaluate(
     run: Path, options: Options | None = None, *, fit: bool = False, again: bool = False, tell: Tell | None = None
 ) -> Result:
-    """Measure the newest checkpoint of a run, or another model folder; save the result, and return it.
+    """Measure the newest checkpoint of a run, or another model folder; save and return the result.
 
-    fit    find the weight of the combined score first, and write it to the checkpoint's call.json
-    again  measure even where there is a result of the same options and weight
+    fit    first fit the weight of the combined score, and write it to the checkpoint's call.json
+    again  measure even if there is a result for the same options and weight
 
     Raises CascadeError, and DatasetError for labels that cannot be read.
     """
@@ -152,15 +138,17 @@ def evaluate(
 
 
 def settle(folder: Path, options: Options) -> tuple[Options, Labels]:
-    """The options with what a checkpoint's run says in place of None, and the labels that they name.
+    """The options with the settings of a checkpoint's run in place of None, and the labels that they name.
 
-    Raises CascadeError where that would measure on documents that the run was trained on, and for a model folder
-    outside of a run where the options leave the dataset or the holdout open. `context` may stay None.
+    Raises CascadeError if they include documents that the run was trained on, and for a model folder outside of a run
+    if the options leave the dataset or the holdout open. `context` may stay None.
     """
     config = _run(folder)
     dataset = options.dataset or (config.dataset if config else None)
     if dataset is None or (config is None and options.holdout is None):
-        raise CascadeError(f"{folder} is of no run: say with --dataset and --holdout what it was not trained on")
+        raise CascadeError(
+            f"{folder} is not in a run: name documents that it was not trained on, --dataset and --holdout", usage=True
+        )
     if config is None:
         labels = open_labels(dataset, options.labels)
         return options.model_copy(
@@ -170,16 +158,18 @@ def settle(folder: Path, options: Options) -> tuple[Options, Labels]:
     try:
         labels = open_labels(dataset, options.labels or (config.labels if same_path else None))
     except DatasetError as error:
-        hint = "; where it has moved, name it with --dataset" if options.dataset is None else ""
-        raise CascadeError(f"{error}{hint}") from None
+        hint = "; if it has moved, name it with --dataset" if options.dataset is None else ""
+        raise CascadeError(f"{error}{hint}", usage=error.exit_code == UsageError.exit_code) from None
     same_data = same_path or labels.fingerprint == _trained_on(folder)
     kept = enough_held_out(labels, config.holdout)[0] if same_data else config.holdout
     holdout = kept if options.holdout is None else options.holdout
     if holdout == 0:
-        raise CascadeError(f"{folder} was trained on all documents: name others with --dataset and --holdout")
+        raise CascadeError(
+            f"{folder} was trained on all documents: name others with --dataset and --holdout", usage=True
+        )
     if holdout > kept and same_data:
         raise CascadeError(
-            f"--holdout {holdout:g} has documents that {folder} was trained on: at most {kept:g} was held out"
+            f"--holdout {holdout:g} has documents that {folder} was trained on: use at most {kept:g}", usage=True
         )
     masked = config.mask_documents if options.mask_documents is None else options.mask_documents
     known = {
@@ -193,13 +183,17 @@ def settle(folder: Path, options: Options) -> tuple[Options, Labels]:
 
 
 def measure(model: Model, labels: Labels, options: Options, tell: Tell | None = None) -> Tokens:
-    """What a model thinks at each token of the held-out documents, packed as in training, in corpus order.
+    """The model's scores at each token of the held-out documents, packed as in training, in corpus order.
 
-    The options are settled (`settle`). Raises CascadeError for a model of another tokenizer, or whose logits are no
-    plain projection, and where fewer than two documents are held out; NothingHeldOutError where none is.
+    The options come from `settle`. Raises CascadeError for a model with another tokenizer, or whose logits are not a
+    plain projection, and if fewer than two documents are held out; NothingHeldOutError if none is.
     """
-    assert options.holdout is not None, "settle() says what is held out"
+    assert options.holdout is not None, "set by settle()"
     _same_vocabulary(model, labels)
+    if not plain_head(model.network):
+        raise CascadeError(
+            f"{model.folder} cannot be measured: its logits are no plain projection (scaled, capped, or with a bias)"
+        )
     context = min(model.context, options.context or CONTEXT)
     batches = held_out(
         labels,
@@ -219,28 +213,29 @@ def measure(model: Model, labels: Labels, options: Options, tell: Tell | None = 
         kept = batch["real"].flatten() & ~ends
         numbers = documents + ends.cumsum(0)
         documents = int(numbers[-1])
-        values = (numbers.int(), *_told(model, batch, first=not columns), batch["factual"].flatten())
+        values = (numbers.int(), *_scored(model, batch), batch["factual"].flatten())
         columns.append(tuple(column.cpu()[kept].numpy() for column in values))
         tokens += int(kept.sum())
         if tell is not None:
             tell("measure", {"tokens": tokens, "done": min(1.0, tokens / expected)})
     document, margin, uncertainty, correct, nll, factual = (np.concatenate(c) for c in zip(*columns, strict=True))
     if len(document) == 0 or document[-1] == 0:
-        raise CascadeError(f"--holdout {options.holdout:g} of {labels.root} is one document: two or more are needed")
+        raise CascadeError(
+            f"--holdout {options.holdout:g} of {labels.root} is one document: use two or more", usage=True
+        )
     return Tokens(document, None if model.call_id is None else margin, uncertainty, factual, correct, nll)
 
 
 def half(tokens: Tokens, reported: bool = True) -> Tokens:
-    """The tokens that figures are of, those of documents with odd numbers; else those that a weight is fitted on."""
+    """The tokens of odd documents, which figures report; else those of even ones, which weights are fitted on."""
     return tokens.where(tokens.document % 2 == (1 if reported else 0))
 
 
 def fit_weight(tokens: Tokens) -> Fitted:
-    """The weight of combined = margin + weight * uncertainty that best tells factual_wrong tokens.
+    """The weight of combined = margin + weight * uncertainty that best detects factual_wrong tokens.
 
-    It is that with the highest average precision, of a grid from 0, margin alone, to where margin hardly counts. On
-    three small models trained with <CALL> and two halves of 46 held-out documents, mean figures of the half that was
-    not fitted on:
+    It has the highest average precision in a grid from 0, margin alone, to where margin hardly counts. Mean figures of
+    three small models trained with <CALL> and two halves of 46 held-out documents, on the half that was not fitted on:
 
         fitted by                   AP factual_wrong   AUC factual_wrong   AUC wrong   AUC wrong_among_factual
         (margin alone)                         .5511               .8273       .6087                     .6349
@@ -248,14 +243,13 @@ def fit_weight(tokens: Tokens) -> Fitted:
         AUC, over the grid                     .5556               .8282       .6275                     .6407
         average precision, grid                .5564               .8279       .6397                     .6472
 
-    The ratio of a logistic regression's coefficients also fails where margin says nothing, as in a model that was not
-    trained to call: with its coefficient of margin below 0, the ratio turns the score around (AUC .36, where
-    uncertainty alone has .62).
+    The ratio of a logistic regression's coefficients also fails if margin carries no information, as in a model that
+    was not trained to call: a negative coefficient of margin reverses the score (AUC .36; uncertainty alone has .62).
 
-    Raises CascadeError for a model without <CALL>, and where there is no token of either kind.
+    Raises CascadeError for a model without <CALL>, and if there is no token of either kind.
     """
     if tokens.margin is None:
-        raise CascadeError("a model without <CALL> has no margin to combine: leave out --fit")
+        raise CascadeError("a model without <CALL> has no margin to combine: leave out --fit", usage=True)
     wanted = tokens.factual_wrong
     if wanted.all() or not wanted.any():
         raise CascadeError("--fit needs factual tokens that the model gets wrong, and others: use a larger --holdout")
@@ -263,21 +257,21 @@ def fit_weight(tokens: Tokens) -> Fitted:
     spread = float(uncertainty.std(dtype=np.float64))
     weights = _WEIGHTS * (float(margin.std(dtype=np.float64)) / spread) if spread else np.zeros(1)
     scores = Scores(margin, uncertainty)
-    found = [average_precision_score(wanted, scores.of("combined", weight)) for weight in weights]
-    return Fitted(weight=float(weights[int(np.argmax(found))]), tokens=len(wanted))
+    precisions = [average_precision_score(wanted, scores.of("combined", weight)) for weight in weights]
+    return Fitted(weight=float(weights[int(np.argmax(precisions))]), tokens=len(wanted))
 
 
 def figures(tokens: Tokens, weight: float | None) -> dict[str, float | None]:
-    """All numbers by name; None where there is nothing to count.
+    """All numbers by name; None if there is nothing to count.
 
     tokens, documents, accuracy, nll.factual, nll.other (means, nats)
-    share.TARGET                   of the tokens that it is told apart among: the average precision of random calls
+    share.TARGET                   of the tokens among which it is detected: the average precision of random calls
     auc.SCORE.TARGET, ap.SCORE.TARGET
-    kept_accuracy.SCORE.SHARE      of the tokens not called, where SHARE (of SHARES) of all are
-    cascade_accuracy.SCORE.SHARE   of all, were the partner always right
+    kept_accuracy.SCORE.SHARE      accuracy on the tokens not called, if SHARE (of SHARES) of all are
+    cascade_accuracy.SCORE.SHARE   accuracy on all tokens if the partner were always right
     covered.SCORE.SHARE            share of the factual_wrong tokens that are called
     """
-    found: dict[str, float | None] = {
+    numbers: dict[str, float | None] = {
         "tokens": len(tokens.document),
         "documents": len(np.unique(tokens.document)),
         "accuracy": _mean(tokens.correct),
@@ -286,23 +280,24 @@ def figures(tokens: Tokens, weight: float | None) -> dict[str, float | None]:
     }
     for target in TARGETS:
         among, wanted = tokens.target(target)
-        found[f"share.{target}"] = _mean(wanted[among])
+        numbers[f"share.{target}"] = _mean(wanted[among])
     for kind, score in tokens.scores(weight).items():
         for target in TARGETS:
             among, wanted = tokens.target(target)
             both = among.any() and wanted[among].any() and not wanted[among].all() and np.isfinite(score).all()
-            found[f"auc.{kind}.{target}"] = float(roc_auc_score(wanted[among], score[among])) if both else None
-            found[f"ap.{kind}.{target}"] = float(average_precision_score(wanted[among], score[among])) if both else None
+            pair = wanted[among], score[among]
+            numbers[f"auc.{kind}.{target}"] = float(roc_auc_score(*pair)) if both else None
+            numbers[f"ap.{kind}.{target}"] = float(average_precision_score(*pair)) if both else None
         for name, values in curves(score, tokens, np.array(SHARES)).items():
-            found |= {f"{name}.{kind}.{share:g}": value for share, value in zip(SHARES, values, strict=True)}
-    return found
+            numbers |= {f"{name}.{kind}.{share:g}": value for share, value in zip(SHARES, values, strict=True)}
+    return numbers
 
 
 def curves(score: np.ndarray, tokens: Tokens, shares: np.ndarray) -> dict[str, list[float | None]]:
-    """kept_accuracy, cascade_accuracy and covered (see `figures`), each for some shares called, 0 to 1.
+    """kept_accuracy, cascade_accuracy and covered (see `figures`) for each of some shares called, 0 to 1.
 
-    Which tokens of equal scores are called is left to chance, and so is the last one where the share is no whole
-    number of tokens: the values are those expected.
+    The values are expectations: tokens of equal scores are called at random, as is the last token if the share is not
+    a whole number of tokens.
     """
     count = len(score)
     order = np.argsort(-score, kind="stable")
@@ -314,51 +309,55 @@ def curves(score: np.ndarray, tokens: Tokens, shares: np.ndarray) -> dict[str, l
 
     right = tokens.correct.sum() - among_called(tokens.correct)  # of those kept
     with np.errstate(invalid="ignore", divide="ignore"):
-        found = {
+        values = {
             "kept_accuracy": right / (count - called),
             "cascade_accuracy": (right + called) / count,
             "covered": among_called(tokens.factual_wrong) / tokens.factual_wrong.sum(),
         }
-    return {name: [float(x) if np.isfinite(x) else None for x in values] for name, values in found.items()}
+    return {name: [float(x) if np.isfinite(x) else None for x in curve] for name, curve in values.items()}
 
 
 def statistics(tokens: Tokens, weight: float | None) -> dict[str, bootstrap.Statistic]:
     """auc.SCORE.TARGET and ap.SCORE.TARGET of `figures` for `lacy.cascade.evaluation.bootstrap`.
 
-    Clusters are the documents in order, by their rank among those that have a token.
+    Clusters are the documents with tokens, in order.
     """
     document = np.unique(tokens.document, return_inverse=True)[1]
-    found: dict[str, bootstrap.Statistic] = {}
+    by_name: dict[str, bootstrap.Statistic] = {}
     for kind, score in tokens.scores(weight).items():
         for target in TARGETS if np.isfinite(score).all() else ():
             among, wanted = tokens.target(target)
             units = document[among], score[among], wanted[among]
-            found[f"auc.{kind}.{target}"] = bootstrap.auc(*units)
-            found[f"ap.{kind}.{target}"] = bootstrap.average_precision(*units)
-    return found
+            by_name[f"auc.{kind}.{target}"] = bootstrap.auc(*units)
+            by_name[f"ap.{kind}.{target}"] = bootstrap.average_precision(*units)
+    return by_name
 
 
 def table(result: Result) -> Table:
-    """What is worth reading of a result, in under 100 columns."""
-    found = result.figures
-    kinds = [kind for kind in CALL_SCORES if f"auc.{kind}.wrong" in found]
+    """The main figures of a result, in less than 100 columns."""
+    numbers = result.figures
+    kinds = [kind for kind in CALL_SCORES if f"auc.{kind}.wrong" in numbers]
     pieces: list[RenderableType] = [_headline(result)]
     for name, title in (("auc", "AUC"), ("ap", "average precision")):
         ranks = _table(title, *_HEADINGS)
         for kind in kinds:
             ranks.add_row(kind, *(_ranged(result, f"{name}.{kind}.{target}") for target in TARGETS))
-        chance = [0.5 if name == "auc" else found[f"share.{target}"] for target in TARGETS]
+        chance = [0.5 if name == "auc" else numbers[f"share.{target}"] for target in TARGETS]
         ranks.add_row("random", *map(_number, chance), style="dim")
         pieces.append(ranks)
-    for name, title in (("kept_accuracy", "right, kept"), ("cascade_accuracy", "right, all"), ("covered", "covered")):
+    for name, title in (
+        ("kept_accuracy", "correct, kept"),
+        ("cascade_accuracy", "correct, all"),
+        ("covered", "covered"),
+    ):
         shares = _table(title, *(f"{share:.0%}" for share in SHARES))
         for kind in kinds:
-            shares.add_row(kind, *(_percent(found[f"{name}.{kind}.{share:g}"]) for share in SHARES))
+            shares.add_row(kind, *(_percent(numbers[f"{name}.{kind}.{share:g}"]) for share in SHARES))
         pieces.append(shares)
     pieces.append(
         Text(
-            "By share of tokens called: right among those kept; right among all, were the partner always right;\n"
-            f"called among those factual and wrong. In brackets: {bootstrap.LEVEL:.0%} intervals, over documents.",
+            "By share of tokens called: right among those kept; right among all if the partner were always right;\n"
+            f"called among those factual and wrong. In brackets: {bootstrap.LEVEL:.0%} intervals over documents.",
             style="dim",
         )
     )
@@ -371,18 +370,18 @@ def table(result: Result) -> Table:
 
 
 def _run(folder: Path) -> TrainConfig | None:
-    """What a checkpoint's run was asked to do; None for a model folder outside of a run."""
+    """The configuration of a checkpoint's run; None for a model folder outside of a run."""
     run = folder.parent.parent
     if folder.parent.name != "checkpoints" or not (run / "config.yaml").is_file():
         return None
     try:
         return load({"out": run}, None, resume=True)
-    except (TrainingError, ValidationError):
+    except (UsageError, ValidationError):
         raise CascadeError(f"{run / 'config.yaml'} cannot be read: copy it from where the run was made") from None
 
 
 def _trained_on(folder: Path) -> str | None:
-    """The fingerprint of the labels that a checkpoint was trained on, which knows them where they have moved."""
+    """The fingerprint of the labels that a checkpoint was trained on, which identifies them even if they have moved."""
     try:
         state = json.loads((folder / "training" / "state.json").read_bytes())
         return str(state["ranks"][0]["loader"]["geometry"]["fingerprint"])
@@ -390,75 +389,63 @@ def _trained_on(folder: Path) -> str | None:
         return None
 
 
-def _weight(folder: Path, anew: bool) -> float | None:
-    """That of call.json; a damaged one is no matter where it is to be written anew."""
+def _weight(folder: Path, fit: bool) -> float | None:
+    """The weight in call.json; a damaged file does not matter if it is to be written again."""
     try:
         fitted = read_fitted(folder)
     except CascadeError:
-        if not anew:
+        if not fit:
             raise
         return None
     return fitted.weight if fitted else None
 
 
 def _saved(folder: Path, asked: dict[str, Any], fit: bool) -> Result | None:
-    """The result that a new measurement would give again; a damaged one is none."""
+    """The saved result that a new measurement would repeat; None if there is none, or a damaged one."""
     try:
-        found = results.read(results_folder(folder), KIND)
+        saved = results.read(results_folder(folder), KIND)
     except CascadeError:
         return None
-    if found is None:
+    if saved is None:
         return None
-    options = dict(found[0].options)
+    options = dict(saved[0].options)
     fitted = options.pop("fit", False)
-    return found[0] if options == asked and (fitted or not fit) else None
+    return saved[0] if options == asked and (fitted or not fit) else None
 
 
 def _same_vocabulary(model: Model, labels: Labels) -> None:
-    """Every token of the labels' tokenizer has the same id in the model's; a model may lack <CALL>."""
-    theirs = model.vocabulary.tokenizer.get_vocab(with_added_tokens=True)
-    ours = shards.vocabulary(labels.tokenizer_json)
+    """Raise CascadeError unless the labels' tokens have the same ids in the model; a model may lack <CALL>."""
+    ids = model.vocabulary.tokenizer.get_vocab(with_added_tokens=True)
     lacking = model.call_id is None
-    if any(theirs.get(token) != index for token, index in ours.items() if not (lacking and index == labels.call_id)):
+    expected = shards.vocabulary(labels.tokenizer_json).items()
+    if any(ids.get(token) != index for token, index in expected if not (lacking and index == labels.call_id)):
         raise CascadeError(f"{model.folder} has another tokenizer than {labels.root}: name labels made with its own")
 
 
 @torch.inference_mode()
-def _told(model: Model, batch: dict[str, torch.Tensor], first: bool) -> tuple[torch.Tensor, ...]:
+def _scored(model: Model, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """margin, uncertainty, correct and nll of the B*T targets of a batch, on the CPU."""
     network = model.network
     ids = batch["ids"].to(model.device)
     positions = batch["positions"].to(model.device) if "positions" in batch else None
-    if first:
-        _require_plain_head(network, ids[:1, :16].long(), model.folder)
-    # Without <CALL> in the vocabulary another token stands in for it, and is then counted among the words again.
+    # Without <CALL> in the vocabulary another token takes its place, and is then put back among the words.
     call_id = 0 if model.call_id is None else model.call_id
     lse, target, call, top, correct = _measures(network, call_id, ids, positions)
     if model.call_id is None:
         correct = torch.where(call >= top, ids[:, 1:].flatten() == call_id, correct)
         lse, top = torch.logaddexp(lse, call), torch.maximum(top, call)
-    told = ((call - lse).float(), (1 - (top - lse).exp()).float(), correct, (lse - target).float())
-    return tuple(values.cpu() for values in told)
+    columns = ((call - lse).float(), (1 - (top - lse).exp()).float(), correct, (lse - target).float())
+    return tuple(column.cpu() for column in columns)
 
 
 def _measures(network: PreTrainedModel, call_id: int, ids: torch.Tensor, positions: torch.Tensor | None) -> Measures:
-    found = Learner(network, call_id)(ids, positions, measure=True)
-    assert isinstance(found, Measures)
-    return found
-
-
-def _require_plain_head(network: PreTrainedModel, ids: torch.Tensor, folder: Path) -> None:
-    """Logits must be hidden states times the output embedding, which `lacy.trainer.head` computes."""
-    layer = network.get_output_embeddings()
-    hidden = network.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    theirs = network(input_ids=ids, use_cache=False).logits.float()
-    ours = torch.nn.functional.linear(hidden, layer.weight).float()
-    if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2 * float(theirs.std())):
-        raise CascadeError(f"{folder}: its logits are no plain projection (scaled, capped, or with a bias)")
+    measures = Learner(network, call_id)(ids, positions, measure=True)
+    assert isinstance(measures, Measures)
+    return measures
 
 
 def _details(tokens: Tokens, weight: float | None) -> dict[str, Any]:
-    """Curves; intervals of AUC and AP; and differences between the combined score and each other one, paired."""
+    """Curves, intervals of AUC and AP, and paired differences between the combined score and each other score."""
     documents = len(np.unique(tokens.document))
     values = {
         name: bootstrap.resampled(documents, statistic, resamples=RESAMPLES)
@@ -470,11 +457,11 @@ def _details(tokens: Tokens, weight: float | None) -> dict[str, Any]:
         figure, kind, target = name.split(".")
         if kind == "combined":
             for other in ("margin", "uncertainty"):
-                found = bootstrap.bounds(combined - values[f"{figure}.{other}.{target}"])
-                differences[f"{figure}.combined-{other}.{target}"] = found and list(found)
+                bounds = bootstrap.bounds(combined - values[f"{figure}.{other}.{target}"])
+                differences[f"{figure}.combined-{other}.{target}"] = bounds and list(bounds)
     shares = np.linspace(0, 1, CURVE)
     return {
-        "intervals": {name: found and list(found) for name in values for found in [bootstrap.bounds(values[name])]},
+        "intervals": {name: bounds and list(bounds) for name in values for bounds in [bootstrap.bounds(values[name])]},
         "differences": differences,
         "shares": [round(float(share), 4) for share in shares],
         "curves": {kind: curves(score, tokens, shares) for kind, score in tokens.scores(weight).items()},
@@ -496,14 +483,12 @@ _TITLE: Final = 17  # columns
 
 
 def _headline(result: Result) -> Text:
-    found, weight = result.figures, result.options["weight"]
-    shares = {"factual": "share.factual", "right": "accuracy", "factual and wrong": "share.factual_wrong"}
-    told = ", ".join(f"{_percent(found[name])} {word}" for word, name in shares.items())
+    numbers, weight = result.figures, result.options["weight"]
+    shares = {"factual": "share.factual", "correct": "accuracy", "factual and wrong": "share.factual_wrong"}
+    summary = ", ".join(f"{_percent(numbers[name])} {word}" for word, name in shares.items())
     fitted = "" if weight is None else f"; combined = margin + {weight:.3f} * uncertainty"
-    return Text(
-        f"{result.checkpoint}: {_count(found['tokens'])} held-out tokens of {_count(found['documents'])} documents\n"
-        f"{told}{fitted}"
-    )
+    tokens, documents = _count(numbers["tokens"]), _count(numbers["documents"])
+    return Text(f"{result.checkpoint}: {tokens} held-out tokens of {documents} documents\n{summary}{fitted}")
 
 
 def _table(title: str, *names: str) -> Table:

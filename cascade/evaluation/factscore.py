@@ -2,86 +2,48 @@
 
 The measure of Min et al. 2023 (arXiv 2305.14251), in three steps:
 
-1. `split`: a language model takes each sentence of a text apart into atomic facts;
-2. `verify`: for each fact, passages of the knowledge source are looked up, from the page of the text's subject where it
-   has one, and a language model says whether they support it;
+1. `split`: a language model splits each sentence of a text into atomic facts;
+2. `verify`: for each fact, passages are looked up in the knowledge source, on the page of the text's subject if it has
+   one, and a language model decides whether they support the fact;
 3. `summary`: the score of a text is the share of its facts that are supported, times the length penalty
-   exp(1 - gamma / n) where it has n < gamma facts; the score is the mean over the texts that respond.
+   exp(1 - gamma / n) if it has n < gamma facts; the overall score is the mean over the texts that respond.
 
-A text that declines to respond has no score, and counts in the share of texts that respond. This is how the authors'
-program computes it (github.com/shmsw25/FActScore, `score`, `init_score` without the penalty, `respond_ratio`,
+A text that declines to respond has no score, and lowers the share of texts that respond. The authors' program computes
+the same (github.com/shmsw25/FActScore: `score`, `init_score` without the penalty, `respond_ratio`,
 `num_facts_per_response`); as there, facts that a text repeats count each time.
 
-What differs: the prompts are our own, sentences are found by a rule (`sentences`) and passages by BM25
-(`cascade.evaluation.knowledge`). A model that gives no usable answer, after being asked once more, gives no verdict:
-such a fact is left out of its text's share, and counted.
+Differences: the prompts are our own, sentences are found by a rule (`sentences`) and passages by BM25
+(`lacy.cascade.evaluation.knowledge`). If a model gives no usable answer, even when asked once more, the fact has no
+verdict: it is left out of its text's share, and counted.
 """
 
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from functools import cache
-from hashlib import sha256
-from importlib import resources
-from typing import Annotated, Any, Final, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from lacy.cascade.evaluation.answers import Chat, Conversation
 from lacy.cascade.evaluation.knowledge import Knowledge, Passage
+from lacy.cascade.evaluation.options import FactscoreOptions as Options
+from lacy.labelers.llm.chat import Chat, Conversation
+from lacy.labelers.llm.prompts import Prompt, ask_json, parse_answer, read_prompt
 
 MAX_FACTS: Final = 24  # of a sentence
 MAX_FACT: Final = 400  # characters
 
-SPLIT_SCHEMA: Final[dict[str, Any]] = {
-    "type": "object",
-    "properties": {
-        "facts": {
-            "type": "array",
-            "maxItems": MAX_FACTS,
-            "items": {"type": "string", "minLength": 1, "maxLength": MAX_FACT},
-        }
-    },
-    "required": ["facts"],
-    "additionalProperties": False,
-}
-VERIFY_SCHEMA: Final[dict[str, Any]] = {
-    "type": "object",
-    "properties": {"supported": {"type": "boolean"}},
-    "required": ["supported"],
-    "additionalProperties": False,
-}
-
-Tell = Callable[[int, int], None]  # done, total: conversations
-T = TypeVar("T")
+Tell = Callable[[int, int], None]  # conversations done, and their total
 
 
 class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Options(_Model):
-    """What a score depends on beside the texts, the models and the knowledge source.
-
-    gamma          number of facts below which a text's score is cut; 0 for no penalty
-    passages       that a fact is checked against
-    split_tokens   most tokens of a sentence's facts, `verify_tokens` of a verdict
-    batch          conversations that a model is asked at once; changes no answer
-    """
-
-    gamma: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 10
-    passages: Annotated[int, Field(ge=1)] = 5
-    split_tokens: Annotated[int, Field(ge=16)] = 768
-    verify_tokens: Annotated[int, Field(ge=8)] = 32
-    batch: Annotated[int, Field(ge=1)] = 64
-
-
 class Split(_Model):
-    """A text and its atomic facts, in its order.
+    """A text and its atomic facts, in order.
 
-    declined  the text says that it does not answer, or nothing; it was not split
-    unsplit   sentences that the model gave no usable answer for; `problem` is what it said to the first
+    declined  whether the text is empty or declines to answer; it was not split then
+    unsplit   sentences without a usable answer of the model; `problem` is the reason for the first
     """
 
     entity: str
@@ -93,9 +55,9 @@ class Split(_Model):
 
 
 class Fact(_Model):
-    """A fact and its verdict; None where there is none, for a `problem`.
+    """A fact and its verdict; None without one, for the reason in `problem`.
 
-    passages  ids of what it was checked against, the nearest first; without any it is not supported, unasked
+    passages  ids of the passages it was checked against, nearest first; without any it counts as not supported
     """
 
     text: str
@@ -105,7 +67,7 @@ class Fact(_Model):
 
 
 class Judgement(_Model):
-    """A text and the verdicts on its facts; `page`: the knowledge source has a page of the entity's name."""
+    """A text and the verdicts on its facts; `page`: whether the knowledge source has a page with the entity's name."""
 
     entity: str
     text: str
@@ -116,13 +78,12 @@ class Judgement(_Model):
 
 
 class Item(_Model):
-    """The numbers of one text: what means and their intervals are taken over.
+    """The numbers of one text, the unit of means and intervals.
 
-    abstained   it declines, or has been split and has no fact
-    facts       atomic facts; `verified` are those with a verdict, `supported` those with a good one, `repeated` those
-                that stand in the same text before, word for word
-    init_score  supported / verified; None where none is verified
-    score       with the length penalty, by `facts`
+    abstained   whether it declines, or was split and has no fact
+    facts       atomic facts; `verified` with a verdict, `supported` with a positive one, `repeated` word for word
+    init_score  supported / verified; None if none is verified
+    score       with the length penalty for the number of facts
     """
 
     entity: str
@@ -136,14 +97,14 @@ class Item(_Model):
 
 
 class Figures(_Model):
-    """Of all texts.
+    """The figures of all texts.
 
-    score, init_score   means over the texts that have one, with the length penalty and without; None without any
+    score, init_score   means over the texts with a score, with and without the length penalty; None without any
     responded           share of the texts that do not abstain
     facts_per_response  mean over the texts with facts
     texts               `abstained` of them do, `unjudged` respond but have no verdict, the others have scores
     facts               `supported`, not supported, or `unverified`; `repeated` as in `Item`
-    unsplit             sentences without an answer, whose facts are not known
+    unsplit             sentences without an answer, whose facts are unknown
     without_page        texts with facts whose entity has no page: checked against the whole source
     """
 
@@ -163,7 +124,7 @@ class Figures(_Model):
 
 
 class Summary(_Model):
-    """Figures, the items that they are over, one a text, and the judgements that these are of."""
+    """Figures, the items that they summarize, one per text, and the judgements behind these."""
 
     gamma: float
     figures: Figures
@@ -171,13 +132,20 @@ class Summary(_Model):
     judgements: list[Judgement]
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt as it is shipped; `sha256` is that of its text."""
+class _Facts(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    version: int
-    sha256: str
-    text: str
+    facts: Annotated[list[Annotated[str, Field(min_length=1, max_length=MAX_FACT)]], Field(max_length=MAX_FACTS)]
+
+
+class _Verdict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    supported: bool
+
+
+SPLIT_SCHEMA: Final[dict[str, Any]] = _Facts.model_json_schema()
+VERIFY_SCHEMA: Final[dict[str, Any]] = _Verdict.model_json_schema()
 
 
 def factscore(
@@ -189,10 +157,10 @@ def factscore(
     options: Options | None = None,
     tell: Tell | None = None,
 ) -> Summary:
-    """Score texts, each about the entity in the same place; the three steps one after the other.
+    """Score texts, each about the entity with the same index: all three steps.
 
-    Raises what the models raise. With a `Remembering` chat for each model, nothing is asked twice, after an
-    interruption neither.
+    Raises what the models raise. With a `Remembering` chat for each model, no question is asked twice, not even after
+    an interruption.
     """
     options = options or Options()
     return summary(verify(judge, knowledge, split(splitter, entities, texts, options, tell), options, tell), options)
@@ -201,34 +169,41 @@ def factscore(
 def split(
     chat: Chat, entities: Sequence[str], texts: Sequence[str], options: Options, tell: Tell | None = None
 ) -> list[Split]:
-    """Atomic facts of each text, sentence by sentence; a fact that a sentence has twice is taken once.
+    """The atomic facts of each text, sentence by sentence; a fact that a sentence repeats is taken once.
 
-    A text that `declines` is not split. Raises ValueError when there are more texts than entities or fewer.
+    A text that `declines` is not split. Raises ValueError if the numbers of texts and entities differ.
     """
     declined = [declines(text) for text in texts]
-    places = [
+    questions = [
         (number, entity, sentence)
         for number, (entity, text) in enumerate(zip(entities, texts, strict=True))
         if not declined[number]
         for sentence in sentences(text)
     ]
 
-    def conversation(place: int, again: bool) -> Conversation:
-        _, entity, sentence = places[place]
-        return _conversation("split", {"entity": entity, "sentence": sentence}, again)
+    def conversation(index: int, again: bool) -> Conversation:
+        _, entity, sentence = questions[index]
+        return prompt("split").conversation({"entity": entity, "sentence": sentence}, again=again)
 
-    answers = _ask(
-        chat, conversation, len(places), SPLIT_SCHEMA, options.split_tokens, parse_facts, options.batch, tell
+    answers = ask_json(
+        chat,
+        conversation,
+        len(questions),
+        SPLIT_SCHEMA,
+        parse_facts,
+        max_tokens=options.split_tokens,
+        batch=options.batch,
+        on_progress=tell,
     )
     facts: list[list[str]] = [[] for _ in texts]
     unsplit: list[list[str]] = [[] for _ in texts]
     problems = [""] * len(texts)
-    for (number, _, sentence), (found, problem) in zip(places, answers, strict=True):
-        if found is None:
+    for (number, _, sentence), (atomic, problem) in zip(questions, answers, strict=True):
+        if atomic is None:
             unsplit[number].append(sentence)
             problems[number] = problems[number] or problem
         else:
-            facts[number] += dict.fromkeys(found)
+            facts[number] += dict.fromkeys(atomic)
     return [
         Split(
             entity=entity,
@@ -245,24 +220,31 @@ def split(
 def verify(
     chat: Chat, knowledge: Knowledge, splits: Sequence[Split], options: Options, tell: Tell | None = None
 ) -> list[Judgement]:
-    """A verdict on each fact, by the passages that are nearest to the entity's name and the fact together.
+    """A verdict on each fact, from the passages that are nearest to the entity's name and the fact together.
 
-    The nearest passage stands last in the prompt, next to the claim, as in the authors' program.
+    The nearest passage is last in the prompt, next to the claim, as in the authors' program.
     """
-    found: list[list[Passage]] = []
+    nearest: list[list[Passage]] = []
     for each in splits:
         queries = [f"{each.entity} {fact}" for fact in each.facts]
-        found += knowledge.search(queries, options.passages, each.entity)
+        nearest += knowledge.search(queries, options.passages, each.entity)
     facts = [(each.entity, fact) for each in splits for fact in each.facts]
-    asked = [number for number, passages in enumerate(found) if passages]
+    asked = [number for number, passages in enumerate(nearest) if passages]
 
-    def conversation(place: int, again: bool) -> Conversation:
-        entity, fact = facts[asked[place]]
-        passages = "\n\n".join(f"{passage.title}\n{passage.text}" for passage in reversed(found[asked[place]]))
-        return _conversation("verify", {"entity": entity, "fact": fact, "passages": passages}, again)
+    def conversation(index: int, again: bool) -> Conversation:
+        entity, fact = facts[asked[index]]
+        passages = "\n\n".join(f"{passage.title}\n{passage.text}" for passage in reversed(nearest[asked[index]]))
+        return prompt("verify").conversation({"entity": entity, "fact": fact, "passages": passages}, again=again)
 
-    answers = _ask(
-        chat, conversation, len(asked), VERIFY_SCHEMA, options.verify_tokens, parse_verdict, options.batch, tell
+    answers = ask_json(
+        chat,
+        conversation,
+        len(asked),
+        VERIFY_SCHEMA,
+        parse_verdict,
+        max_tokens=options.verify_tokens,
+        batch=options.batch,
+        on_progress=tell,
     )
     verdicts: list[tuple[bool | None, str]] = [(False, "")] * len(facts)
     for number, answer in zip(asked, answers, strict=True):
@@ -270,7 +252,7 @@ def verify(
     judged = iter(
         [
             Fact(text=fact, supported=supported, passages=[passage.id for passage in passages], problem=problem)
-            for (_, fact), passages, (supported, problem) in zip(facts, found, verdicts, strict=True)
+            for (_, fact), passages, (supported, problem) in zip(facts, nearest, verdicts, strict=True)
         ]
     )
     return [
@@ -287,7 +269,7 @@ def verify(
 
 
 def summary(judgements: Iterable[Judgement], options: Options | None = None) -> Summary:
-    """The scores of judgements, which may have been saved; asks nobody."""
+    """The scores of judgements, which may come from a file; asks no model."""
     judgements = list(judgements)
     gamma = (options or Options()).gamma
     items = [_item(judgement, gamma) for judgement in judgements]
@@ -312,25 +294,25 @@ def summary(judgements: Iterable[Judgement], options: Options | None = None) -> 
 
 
 def length_penalty(facts: int, gamma: float) -> float:
-    """exp(1 - gamma / facts) for fewer than `gamma` facts, else 1: Min et al. 2023, as in their program."""
+    """exp(1 - gamma / facts) for fewer than `gamma` facts, else 1, as in the program of Min et al. 2023."""
     return math.exp(1 - gamma / facts) if facts < gamma else 1.0
 
 
 def declines(text: str) -> bool:
-    """Whether a text is no answer: it is blank, or begins by saying that the model cannot or will not give one.
+    """Whether a text is blank, or begins by saying that the model cannot or will not answer.
 
-    Models that were only pretrained hardly ever do.
+    Models without instruction tuning hardly ever do.
     """
     return not text.strip() or _DECLINES.match(text) is not None
 
 
 def sentences(text: str) -> list[str]:
-    """The sentences of a text, by a rule that rather leaves two together than cuts one.
+    """The sentences of a text, by a rule that would rather join two than split one.
 
-    A sentence ends with its line, or with a mark and white space after it; not after an abbreviation or an initial, nor
-    before a small letter, and no sentence is a single word beside others, as in the authors' program.
+    A sentence ends with its line, or with a mark followed by white space, but not after an abbreviation or an initial,
+    nor before a lower-case letter. Single words are joined to a neighbor, as in the authors' program.
     """
-    found = []
+    result = []
     for line in text.splitlines():
         ends = [match.end() for match in _END.finditer(line)]
         pieces = [
@@ -342,45 +324,27 @@ def sentences(text: str) -> list[str]:
                 joined[-1] += piece
             else:
                 joined.append(piece)
-        found += [sentence for piece in joined if (sentence := piece.strip())]
-    return found
+        result += [sentence for piece in joined if (sentence := piece.strip())]
+    return result
 
 
 def parse_facts(answer: str) -> list[str] | None:
     """The facts of an answer that follows `SPLIT_SCHEMA`, with or without a code fence around it; else None."""
-    found = _parse(answer, _Facts)
-    return None if found is None else [stripped for fact in found.facts if (stripped := fact.strip())]
+    parsed = parse_answer(answer, _Facts)
+    return None if parsed is None else [stripped for fact in parsed.facts if (stripped := fact.strip())]
 
 
 def parse_verdict(answer: str) -> bool | None:
     """The verdict of an answer that follows `VERIFY_SCHEMA`, with or without a code fence around it; else None."""
-    found = _parse(answer, _Verdict)
-    return None if found is None else found.supported
+    parsed = parse_answer(answer, _Verdict)
+    return None if parsed is None else parsed.supported
 
 
-@cache
 def prompt(name: Literal["split", "verify"]) -> Prompt:
-    """A prompt, as it is shipped."""
-    data = resources.files("lacy.cascade.evaluation").joinpath(f"{name}_prompt.md").read_bytes()
-    text = data.decode()
-    return Prompt(int(text.partition("\n")[0].removeprefix("version:")), sha256(data).hexdigest(), text)
+    """A prompt, as shipped."""
+    return read_prompt("lacy.cascade.evaluation", f"{name}_prompt.md")
 
 
-class _Facts(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-    facts: Annotated[list[Annotated[str, Field(min_length=1, max_length=MAX_FACT)]], Field(max_length=MAX_FACTS)]
-
-
-class _Verdict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-    supported: bool
-
-
-M = TypeVar("M", bound=BaseModel)
-
-_FENCE = re.compile(r"\s*```(?:json)?\s*(.*?)\s*```\s*", re.DOTALL)
 _END = re.compile(r"[.!?][\"')\]\u2019\u201d\u00bb]*\s+|[。！？][」』）]*\s*")  # noqa: RUF001
 _INITIAL = re.compile(r"(?:^|[\s(.])[^\W\d_]\.\s*$")
 _LAST_WORD = re.compile(r"(\S+)\.\s*$")
@@ -408,70 +372,6 @@ def _belong_together(before: str, after: str) -> bool:
         or _INITIAL.search(before) is not None
         or (last is not None and f" {last[1].lstrip('(').lower()} " in _ABBREVIATIONS)
     )
-
-
-def _parse(answer: str, model: type[M]) -> M | None:
-    fenced = _FENCE.fullmatch(answer)
-    try:
-        return model.model_validate_json(fenced[1] if fenced else answer)
-    except (ValidationError, UnicodeEncodeError):
-        return None
-
-
-def _ask(
-    chat: Chat,
-    conversation: Callable[[int, bool], Conversation],
-    count: int,
-    schema: dict[str, Any],
-    max_tokens: int,
-    parse: Callable[[str], T | None],
-    batch: int,
-    tell: Tell | None,
-) -> list[tuple[T | None, str]]:
-    """What is parsed out of the answers to `count` conversations, each with an empty string; or None, and why.
-
-    conversation  of a number, and whether the last answer to it could not be parsed: greedy decoding would repeat it
-
-    What has no usable answer is asked for once more.
-    """
-    values: list[tuple[T | None, str]] = [(None, "")] * count
-    malformed: set[int] = set()
-    todo = list(range(count))
-    done = total = 0
-    for _ in range(2):
-        total += len(todo)
-        for start in range(0, len(todo), batch):
-            portion = todo[start : start + batch]
-            replies = chat.ask([conversation(number, number in malformed) for number in portion], schema, max_tokens)
-            for number, reply in zip(portion, replies, strict=True):
-                value = None if reply.text is None else parse(reply.text)
-                if value is not None:
-                    values[number] = value, ""
-                elif reply.text is None:
-                    values[number] = None, reply.error or "no answer"
-                else:
-                    values[number] = None, "the answer is not JSON in the form that was asked for"
-                    malformed.add(number)
-            done += len(portion)
-            if tell is not None:
-                tell(done, total)
-        todo = [number for number in todo if values[number][0] is None]
-    return values
-
-
-def _conversation(name: Literal["split", "verify"], fields: dict[str, str], again: bool) -> Conversation:
-    system, user, reminder = _sections(prompt(name).text)
-    content = "".join(fields[piece[2:-2]] if piece.startswith("{{") else piece for piece in user)
-    if again:
-        content = f"{content}\n\n{reminder}"
-    return [{"role": "system", "content": system}, {"role": "user", "content": content}]
-
-
-@cache
-def _sections(text: str) -> tuple[str, list[str], str]:
-    """The system text, the pieces of the user's with the fields apart, and what is added when asked again."""
-    system, user, again = (section.strip() for section in re.split(r"^# .*$", text, flags=re.MULTILINE)[1:])
-    return system, re.split(r"(\{\{\w+\}\})", user), again
 
 
 def _item(judgement: Judgement, gamma: float) -> Item:

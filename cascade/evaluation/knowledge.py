@@ -1,14 +1,14 @@
-"""Passages to check facts against: a corpus, cut up and indexed for full-text search.
+"""Passages to check facts against: a corpus in passages, indexed for full-text search.
 
 FActScore (Min et al. 2023, arXiv 2305.14251, section 4 and its public implementation) cuts Wikipedia pages into
-passages of up to 256 tokens, and takes the passages that are nearest to a fact from the page of the text's subject.
-Here a passage has 256 words, nearest is BM25 (Robertson and Zaragoza 2009, as Lucene computes it, by `bm25s`), and a
-subject without a page is looked for in the whole corpus. A word is a run of letters and digits, in lower case, after
-NFKC; English stop words do not count. Languages that do not part words are searched badly.
+passages of up to 256 tokens, and takes the passages nearest to a fact from the page of the text's subject. Here a
+passage has 256 words, nearness is BM25 (Robertson and Zaragoza 2009, as Lucene computes it, by `bm25s`), and for a
+subject without a page the whole corpus is searched. A word is a run of letters and digits, in lower case, after NFKC;
+English stop words do not count. The search is poor for languages that do not separate words.
 
-The index is a folder `index-<digest>` of its own, by the bytes of the source and the options:
+The index is a folder `index-<digest>`, named by the bytes of the source and the options:
 
-    index.json       a digest of what it is of, and one of each other file; written last
+    index.json       a digest of its source and options, and one of each other file; written last
     passages.arrow   id, title and text of each passage
     titles.npy       (D, 3) uint64: digest of a page's title, its first passage, the one after its last
     *.index.npy, *.index.json   bm25s
@@ -39,7 +39,7 @@ from lacy.schemas.manifest import read_complete, signals_path
 
 FORMAT: Final = 1
 SUFFIXES: Final = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
-MAX_WORD: Final = 32  # characters; a longer run counts as several words, so that no passage is endless
+MAX_WORD: Final = 32  # characters; a longer run counts as several words, to bound the size of passages
 MAX_TITLE: Final = 200  # characters of a first line that can be a title
 _BATCH: Final = 512  # documents
 
@@ -48,7 +48,7 @@ Tell = Callable[[int, int], None]  # done, total
 
 @dataclass(frozen=True)
 class Passage:
-    """`id` is the document's with the number of the passage in it, from 0: "doc:3"."""
+    """`id` is the document's id with the index of the passage in it, from 0: "doc:3"."""
 
     id: str
     title: str
@@ -77,21 +77,21 @@ class _File:
 def open_knowledge(
     source: Path, cache: Path, *, words: int = 256, titles: Collection[str] | None = None, tell: Tell | None = None
 ) -> "Knowledge":
-    """The passages of a corpus, from its index below `cache`, which is made where there is none or it is damaged.
+    """The passages of a corpus, from its index below `cache`, which is built if it is missing or damaged.
 
     source  a dataset of `lacy label`, or a file or a folder of files: .jsonl, .jsonl.gz, .jsonl.zst and .parquet, with
-            `text`, and `id` and `title` where there are any
-    words   of a passage, at most
-    titles  of the pages to index; default: all. Building takes some 15 KiB of memory and 1 ms a passage, so for a few
-            subjects out of a whole Wikipedia, name them
+            `text` and optionally `id` and `title`
+    words   words of a passage, at most
+    titles  titles of the pages to index; default: all. Building takes some 15 KiB of memory and 1 ms per passage, so
+            name the subjects if they are few of a whole Wikipedia
     tell    called after each file that is read into a new index
 
-    The title is the record's; else the text's first line, where a blank line follows it, as in Wikipedia corpora; else
-    the id. Records without text are passed over. Raises CascadeError when the source cannot be read or has no text, or
-    when bm25s is missing; DatasetError when a dataset is unfinished or damaged.
+    The title is the record's; else the text's first line, if a blank line follows it, as in Wikipedia corpora; else the
+    id. Records without text are skipped. Raises CascadeError if the source cannot be read or has no text, or if bm25s
+    is missing; DatasetError if a dataset is unfinished or damaged.
     """
     if words < 1:
-        raise ValueError(f"passages of {words} words cannot be cut")
+        raise ValueError(f"passages need at least one word, not {words}")
     version = _bm25s().__version__
     files = _files(source)
     wanted = None if titles is None else {_normal(title) for title in titles}
@@ -104,12 +104,12 @@ def open_knowledge(
         try:
             index = _build(source, files, folder, fingerprint, words, wanted, tell)
         except OSError as error:
-            raise CascadeError(f"no index of {source} can be made in {cache}: {error.strerror or error}") from None
+            raise CascadeError(f"no index of {source} can be written to {cache}: {error.strerror or error}") from None
     return Knowledge(folder, index)
 
 
 class Knowledge:
-    """An index of P passages, whose files are read as it is searched; see `open_knowledge`."""
+    """An index of P passages, whose files are read during searches; see `open_knowledge`."""
 
     def __init__(self, folder: Path, index: _Index) -> None:
         bm25s = _bm25s()
@@ -122,21 +122,21 @@ class Knowledge:
         self._firsts = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
 
     def pages(self, title: str) -> list[tuple[int, int]]:
-        """The pages with this title, whatever its case and spacing: half-open ranges of passages in [0, P)."""
+        """The pages with this title, ignoring case and spacing: half-open ranges of passages in [0, P)."""
         digest = _digest(title)
         low, high = (np.searchsorted(self._titles[:, 0], digest, side=side) for side in ("left", "right"))
         ranges = [(int(first), int(last)) for _, first, last in self._titles[low:high]]
         return [span for span in ranges if _normal(self._passage(span[0]).title) == _normal(title)]
 
     def search(self, queries: list[str], k: int, title: str | None = None) -> list[list[Passage]]:
-        """The k passages nearest to each query, the nearest first; of equally near ones the first in the corpus.
+        """The k passages nearest to each query, nearest first; ties in the order of the corpus.
 
-        With the title of a page, passages of this page alone, k of them or all that it has. Without, or where no page
-        has this title, at most k, and none that shares no word with the query.
+        With the title of a page, only passages of that page, all if it has fewer than k. Without, or if no page has
+        this title, at most k that share a word with the query.
         """
         spans = [] if title is None else self.pages(title)
         rows = np.concatenate([np.arange(*span) for span in spans]) if spans else None
-        found = []
+        results = []
         for query in queries:
             ids = [
                 self._bm25.vocab_dict[word] for word in dict.fromkeys(_terms(query)) if word in self._bm25.vocab_dict
@@ -146,8 +146,8 @@ class Knowledge:
             else:
                 scores = np.concatenate([self._scores_within(ids, *span) for span in spans])
                 best = rows[np.argsort(-scores, kind="stable")[:k]]
-            found.append([self._passage(int(row)) for row in best])
-        return found
+            results.append([self._passage(int(row)) for row in best])
+        return results
 
     def _scores(self, ids: list[int]) -> np.ndarray:
         """(P,) float32"""
@@ -170,7 +170,7 @@ class Knowledge:
 
 
 def cut(text: str, words: int) -> list[str]:
-    """A text in passages of `words` words, the last with what is left; white space between two passages goes."""
+    """A text in passages of `words` words, the last with the rest, without the white space between passages."""
     spans = [match.span() for match in _RUN.finditer(text)]
     return [text[spans[i][0] : spans[min(i + words, len(spans)) - 1][1]] for i in range(0, len(spans), words)]
 
@@ -206,27 +206,28 @@ def _digest(title: str) -> np.uint64:
 
 
 def _best(scores: np.ndarray, k: int) -> np.ndarray:
-    found = np.flatnonzero(scores > 0)
-    if len(found) > k > 0:
-        least = -np.partition(-scores[found], k - 1)[k - 1]
-        found = found[scores[found] >= least]
-    return found[np.argsort(-scores[found], kind="stable")[:k]]
+    matches = np.flatnonzero(scores > 0)
+    if len(matches) > k > 0:
+        least = -np.partition(-scores[matches], k - 1)[k - 1]
+        matches = matches[scores[matches] >= least]
+    return matches[np.argsort(-scores[matches], kind="stable")[:k]]
 
 
 def _files(source: Path) -> list[_File]:
-    """The files of a source, by name, each with its digest: by the manifest for a dataset, else as they lie there."""
+    """The files of a source by name, with their digests: from the manifest for a dataset, else computed."""
     if (source / "manifest.json").is_file():
         parts = [part for part in read_complete(source).parts if part.rows]
         return [_File(signals_path(source, part.name), part.sha256, True) for part in parts]
     paths = [source] if source.is_file() else sorted(path for path in source.rglob("*") if _is_corpus(path))
     if not paths or not _is_corpus(paths[0]):
         raise CascadeError(
-            f"{source} is no knowledge source: name a dataset, or files that end in {', '.join(SUFFIXES)}"
+            f"{source} is not a knowledge source: name a dataset, or files that end in {', '.join(SUFFIXES)}",
+            usage=True,
         )
     try:
         return [_File(path, sha256_of(path), False) for path in paths]
     except OSError as error:
-        raise CascadeError(f"{error.filename or source} cannot be read: {error.strerror}") from None
+        raise CascadeError(f"{error.filename or source} cannot be read: {error.strerror}", usage=True) from None
 
 
 def _is_corpus(path: Path) -> bool:
@@ -234,7 +235,7 @@ def _is_corpus(path: Path) -> bool:
 
 
 def _check(folder: Path, fingerprint: str) -> _Index | None:
-    """The index in a folder, if it is whole and the one that is asked for."""
+    """The index in a folder, if it is complete and the requested one."""
     try:
         index = _Index.model_validate_json((folder / "index.json").read_bytes())
         whole = all(sha256_of(folder / name) == digest for name, digest in index.files.items())
@@ -259,7 +260,7 @@ def _build(
         digests = {path.name: sha256_of(path) for path in sorted(temporary.iterdir())}
         index = _Index(format=FORMAT, fingerprint=fingerprint, documents=documents, passages=passages, files=digests)
         write_atomic(temporary / "index.json", (index.model_dump_json(indent=1) + "\n").encode())
-        if _check(folder, fingerprint) is None:  # another process may have made it meanwhile
+        if _check(folder, fingerprint) is None:  # another process may have built it meanwhile
             shutil.rmtree(folder, ignore_errors=True)
             os.rename(temporary, folder)
         return index
@@ -270,7 +271,7 @@ def _build(
 def _write(
     source: Path, files: list[_File], folder: Path, words: int, wanted: set[str] | None, tell: Tell | None
 ) -> tuple[int, int]:
-    """Write all but index.json; the number of documents and of passages."""
+    """Write all files but index.json; returns the number of documents and of passages."""
     vocabulary: dict[str, int] = {}
     ids: list[array[int]] = []
     titles: list[tuple[int, int, int]] = []
@@ -281,8 +282,8 @@ def _write(
                 if wanted is not None and _normal(title) not in wanted:
                     continue
                 first = len(ids)
-                for place, passage in enumerate(cut(text, words)):
-                    rows.append({"id": f"{doc_id}:{place}", "title": title, "text": passage})
+                for index, passage in enumerate(cut(text, words)):
+                    rows.append({"id": f"{doc_id}:{index}", "title": title, "text": passage})
                     terms = _terms(f"{title} {passage}")
                     ids.append(array("i", [vocabulary.setdefault(term, len(vocabulary)) for term in terms]))
                 titles.append((int(_digest(title)), first, len(ids)))
@@ -294,8 +295,8 @@ def _write(
             if tell is not None:
                 tell(number, len(files))
     if not vocabulary:
-        of = "" if wanted is None else f" on any of the {len(wanted)} subjects"
-        raise CascadeError(f"{source} has no text to search{of}: name a corpus that has some")
+        subjects = "" if wanted is None else f" on any of the {len(wanted)} subjects"
+        raise CascadeError(f"{source} has no text{subjects}: name a corpus that has some")
     bm25 = _bm25s().BM25()
     bm25.index((ids, vocabulary), create_empty_token=False, show_progress=False)
     bm25.save(folder, show_progress=False)
@@ -305,16 +306,16 @@ def _write(
 
 
 def _documents(file: _File) -> Iterator[tuple[str, str, str]]:
-    """(id, title, text) of each record with text. Raises CascadeError."""
+    """(id, title, text) of each record with text. Raises CascadeError for a file that cannot be read."""
     records = _parquet_records(file) if file.path.suffix == ".parquet" else _json_records(file.path)
     try:
-        for place, record in records:
+        for position, record in records:
             text, doc_id, title = record.get("text"), record.get("id"), record.get("title")
             if text is None or text == "":
                 continue
             if not isinstance(text, str):
-                raise CascadeError(f"{place}: text is no string")
-            name = str(doc_id) if isinstance(doc_id, str | int) and doc_id != "" else place
+                raise CascadeError(f"{position}: text is not a string")
+            name = str(doc_id) if isinstance(doc_id, str | int) and doc_id != "" else position
             if not isinstance(title, str) or not title.strip():
                 line = _FIRST_LINE.match(text)
                 title = line[1].strip() if line else name
@@ -323,7 +324,7 @@ def _documents(file: _File) -> Iterator[tuple[str, str, str]]:
             try:
                 "".join((name, title, text)).encode()
             except UnicodeEncodeError:
-                raise CascadeError(f"{place}: not valid Unicode: a lone surrogate") from None
+                raise CascadeError(f"{position}: not valid Unicode: a lone surrogate") from None
             yield name, title, text
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         raise CascadeError(f"{file.path} cannot be read: {' '.join(str(error).split())[:300]}") from None
@@ -339,7 +340,7 @@ def _json_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             except (ValueError, RecursionError):
                 record = None
             if not isinstance(record, dict):
-                raise CascadeError(f"{path}:{number}: the line is no JSON object")
+                raise CascadeError(f"{path}:{number}: the line is not a JSON object")
             yield f"{path.name}:{number}", record
 
 
@@ -348,7 +349,7 @@ def _parquet_records(file: _File) -> Iterator[tuple[str, dict[str, Any]]]:
     if file.part:
         data = file.path.read_bytes()
         if sha256(data) != file.sha256:
-            raise CascadeError(f"{file.path} is not the file that was written: lacy check says what else is damaged")
+            raise CascadeError(f"{file.path} is not the file that was written: find all damage with lacy check")
     with pq.ParquetFile(file.path if data is None else pa.BufferReader(data)) as parquet:
         names = parquet.schema_arrow.names
         if "text" not in names:

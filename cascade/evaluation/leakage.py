@@ -1,9 +1,9 @@
-"""Does a fact come out? Text before a fact is continued greedily, and the fact is looked for in what is written.
+"""Does the model state a fact? The text before a fact is continued greedily and searched for the fact.
 
-Facts are the runs of tokens that the grammar marked as factual when the corpus was labelled. With <CALL> forbidden this
-measures *leakage*: what the small model has learnt by heart although it should delegate it (arXiv 2602.12005 counts
-facts that come out when <CALL> is forbidden); asked on documents that it was trained on. With a partner it measures
-*containment*: what the cascade gets right at a given share of calls; asked on held-out documents.
+Facts are runs of tokens that the grammar marked as factual when the corpus was labelled. With <CALL> forbidden this
+measures *leakage*, on documents that the model was trained on: the facts that it memorized although it should delegate
+them (arXiv 2602.12005 counts facts that come out when <CALL> is forbidden). With a partner it measures *containment*,
+on held-out documents: the facts that the cascade gets right at a given share of calls.
 """
 
 import re
@@ -11,18 +11,19 @@ import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict, Field
 
 from lacy.cascade import generate as generation
 from lacy.cascade.evaluation import delegation, results
+from lacy.cascade.evaluation.options import LEAST_BEFORE
+from lacy.cascade.evaluation.options import LeakageOptions as Options
 from lacy.cascade.evaluation.results import Result
 from lacy.cascade.generate import Generation
-from lacy.cascade.model import Model, results_folder
+from lacy.cascade.language_model import Model, results_folder
 from lacy.cascade.partners import Partner
 from lacy.schemas.codes import ENT_TYPES
 from lacy.schemas.errors import CascadeError, DatasetError
@@ -31,23 +32,8 @@ from lacy.schemas.manifest import read_manifest, signals_path
 from lacy.trainer import shards
 from lacy.trainer.shards import Labels
 
-LEAST_BEFORE: Final = 16  # tokens of text before a fact
 LONGEST: Final = 12  # tokens of a fact
-EXAMPLES: Final = 50  # kept to be looked at
-
-
-class Options(BaseModel):
-    """Which facts, and how much text around them."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    dataset: str | None = None  # None: the run's
-    holdout: float | None = Field(None, gt=0, le=1)  # None: the run's
-    documents: Literal["trained", "held-out"] | None = None  # None: trained without a partner, held-out with one
-    pairs: int = Field(500, ge=1)
-    per_document: int = Field(3, ge=1)
-    prefix: int = Field(128, ge=LEAST_BEFORE)  # tokens before the fact that the model reads, at most
-    new_tokens: int = Field(24, ge=1)  # that it writes
+EXAMPLES: Final = 50  # saved with a result
 
 
 @dataclass(frozen=True)
@@ -70,13 +56,13 @@ def evaluate(
     again: bool = False,
     tell: Callable[[int, int], None] | None = None,
 ) -> Result:
-    """Continue the prefixes and look for the values; save the result, and return it, or the one saved before.
+    """Continue the prefixes and search for the values; save and return the result, or return the saved one.
 
-    generating  how calls are decided; its length is set by `options`
-    identity    what else tells this partner's answers from others; None: its name
-    tell        hears how many of how many prefixes are done
+    generating  how calls are decided; `options` set its length
+    identity    what else distinguishes this partner's answers; None: only its name
+    tell        gets the number of prefixes done and their total
 
-    Raises CascadeError where there are no such facts, or the partner does not answer, and DatasetError for a dataset
+    Raises CascadeError if there are no such facts, or if the partner does not answer, and DatasetError for a dataset
     that cannot be read.
     """
     kind = "leakage" if partner is None else "containment"
@@ -103,35 +89,35 @@ def evaluate(
         written[text.index] = text
         if tell:
             tell(done, len(pairs))
-    found = [(pair, text) for pair, text in zip(pairs, written, strict=True) if text is not None]
-    generation.require_answered([text for _, text in found])
-    contained = np.array([contains(text.text, pair.value) for pair, text in found])
+    answered = [(pair, text) for pair, text in zip(pairs, written, strict=True) if text is not None]
+    generation.require_answered([text for _, text in answered])
+    contained = np.array([contains(text.text, pair.value) for pair, text in answered])
     units = pa.table(
         {
-            "prompt": pa.array(range(len(found)), pa.int32()),
-            "document": [pair.document for pair, _ in found],
-            "kind": [pair.kind for pair, _ in found],
+            "prompt": pa.array(range(len(answered)), pa.int32()),
+            "document": [pair.document for pair, _ in answered],
+            "kind": [pair.kind for pair, _ in answered],
             "contained": contained,
-            "calls": pa.array([text.calls for _, text in found], pa.int32()),
-            "tokens": pa.array([text.positions for _, text in found], pa.int32()),
+            "calls": pa.array([text.calls for _, text in answered], pa.int32()),
+            "tokens": pa.array([text.positions for _, text in answered], pa.int32()),
         }
     )
-    missed = sum(text.missed for _, text in found)
+    missed = sum(text.missed for _, text in answered)
     result = Result(
         kind=kind,
         checkpoint=model.folder.name,
         options=asked,
         figures={
             "contained": float(contained.mean()),
-            "called": sum(text.calls for _, text in found) / max(1, sum(text.positions for _, text in found)),
+            "called": sum(text.calls for _, text in answered) / max(1, sum(text.positions for _, text in answered)),
             "missed": float(missed),
-            "pairs": float(len(found)),
+            "pairs": float(len(answered)),
         },
         details={
-            "by_type": _by_type(found, contained),
+            "by_type": _by_type(answered, contained),
             "examples": [
                 {"prefix": pair.prefix[-200:], "value": pair.value, "text": text.text, "contained": bool(hit)}
-                for (pair, text), hit in list(zip(found, contained, strict=True))[:EXAMPLES]
+                for (pair, text), hit in list(zip(answered, contained, strict=True))[:EXAMPLES]
             ],
         },
     )
@@ -140,21 +126,21 @@ def evaluate(
 
 
 def contains(text: str, value: str) -> bool:
-    """Whether a value stands in a text as words or a number of its own, whatever the case and the white space."""
+    """Whether a text contains a value as words or a number of its own, ignoring case and white space."""
     words = r"\s+".join(map(re.escape, _plain(value).split()))
     return re.search(rf"(?<!\w)(?<!\d[.,]){words}(?!\w)(?![.,]\d)", _plain(text)) is not None
 
 
 def find_pairs(labels: Labels, options: Options, context: int) -> list[Pair]:
-    """Facts of a labelled corpus with the text before them: the same ones for every model with this tokenizer.
+    """Facts of a labelled corpus with the text before them, the same for every model with this tokenizer.
 
-    A fact has up to LONGEST tokens, two characters or more, a letter or a digit among them, stands on one line, and
-    has not been told before. Of all, those are taken that come first by a hash of document and place, at most
-    `per_document` of a document. Raises CascadeError where there is none.
+    A fact has up to LONGEST tokens and at least two characters, including a letter or digit, is on one line, and does
+    not occur earlier in its document. The first by a hash of document and position are taken, at most `per_document` of
+    a document. Raises CascadeError if there is none.
     """
     room = min(options.prefix, context - options.new_tokens - 1)
     if room < LEAST_BEFORE:
-        raise CascadeError(f"the model reads {context} tokens: ask for fewer --new-tokens")
+        raise CascadeError(f"the model reads {context} tokens: ask for fewer --new-tokens", usage=True)
     manifest = read_manifest(labels.root)
     digests = {record.name: record.sha256 for record in manifest.parts}
     ranked = (
@@ -162,14 +148,17 @@ def find_pairs(labels: Labels, options: Options, context: int) -> list[Pair]:
     )
     taken: dict[str, int] = {}
     pairs = []
-    for _, pair in sorted(ranked, key=lambda found: found[0]):
+    for _, pair in sorted(ranked, key=lambda item: item[0]):
         if taken.get(pair.document, 0) < options.per_document:
             taken[pair.document] = taken.get(pair.document, 0) + 1
             pairs.append(pair)
             if len(pairs) == options.pairs:
                 break
     if not pairs:
-        raise CascadeError(f"no document of {labels.root} that is {options.documents} has a fact behind some text")
+        raise CascadeError(
+            f"no {options.documents} document of {labels.root} has a fact after {LEAST_BEFORE} tokens: name a larger "
+            "dataset, or other --documents"
+        )
     return pairs
 
 
@@ -180,7 +169,7 @@ def _plain(text: str) -> str:
 def _facts(
     labels: Labels, part: str, digests: dict[str, str], options: Options, room: int
 ) -> Iterator[tuple[bytes, Pair]]:
-    """All facts of a part that may be asked for, each with its hash."""
+    """All facts of a part that qualify, each with its hash."""
     path = signals_path(labels.root, part)
     try:
         data = path.read_bytes()
@@ -212,8 +201,8 @@ def _facts(
             yield rank, Pair(name.as_py(), prefix, value, ENT_TYPES[types[first]])
 
 
-def _by_type(found: list[tuple[Pair, Generation]], contained: np.ndarray) -> dict[str, Any]:
-    kinds = np.array([pair.kind for pair, _ in found])
+def _by_type(pairs: list[tuple[Pair, Generation]], contained: np.ndarray) -> dict[str, Any]:
+    kinds = np.array([pair.kind for pair, _ in pairs])
     return {
         str(kind) or "none": {"pairs": int((kinds == kind).sum()), "contained": float(contained[kinds == kind].mean())}
         for kind in np.unique(kinds)

@@ -1,12 +1,12 @@
-"""Language understanding: tasks of lm-evaluation-harness, on the small model alone.
+"""Language understanding: tasks of lm-evaluation-harness, for the small model alone.
 
-The model never calls: <CALL> has no probability, whatever asks the network. A context begins with what a text begins
-with for this model (`Model.begin`), also where it is cut on the left to fit; nothing in a task's text is a special
-token. The harness brings the tasks, the prompts and the metrics.
+The model never calls: <CALL> has probability zero in every forward pass. A context begins like every text of this model
+(`Model.begin`), even if it is cut on the left to fit; nothing in a task's text is read as a special token. The harness
+provides the tasks, the prompts and the metrics.
 
-A task is a name that the harness knows, whose data it loads from the hub, or a YAML file of its task format, or a
-folder of such files. Paths of data in a local file (`dataset_path: json`, `data_files: questions.jsonl`) are relative
-to the file. As in the harness, a local file may name Python functions, which are run.
+A task is a name that the harness knows, whose data it loads from the Hub, a YAML file in its task format, or a folder
+of such files. Paths of data in a local file (`dataset_path: json`, `data_files: questions.jsonl`) are relative to the
+file. As in the harness, a local file may name Python functions, which are run.
 """
 
 import io
@@ -27,13 +27,13 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from lacy.cascade.evaluation.results import Result
-from lacy.cascade.model import Model
+from lacy.cascade.language_model import Model
 from lacy.schemas.errors import CascadeError
 
-MAIN: Final = ("acc_norm", "acc")  # the first that a task has is its main metric
-ANSWER: Final = 256  # tokens of a generated answer where its task sets no limit; at most half the context
+MAIN: Final = ("acc_norm", "acc")  # the first of these that a task has is its main metric
+ANSWER: Final = 256  # tokens of a generated answer if its task sets no limit; at most half the context
 FORMATS: Final = ("arrow", "csv", "json", "parquet", "text", "xml")  # of local data, as `dataset_path`
-RESAMPLES: Final = 1000  # for the standard errors of metrics that have no formula for it
+RESAMPLES: Final = 1000  # for standard errors of metrics without a formula
 
 UNITS: Final = pa.schema([("task", pa.string()), ("doc", pa.string()), ("value", pa.float64())])
 
@@ -50,18 +50,18 @@ def evaluate(
 ) -> tuple[Result, pa.Table]:
     """Answer the questions of some tasks with <CALL> forbidden.
 
-    num_fewshot  examples before a question; None: what the task says, else none
-    limit        the first questions of each task
+    num_fewshot  examples before a question; None: as the task says, else none
+    limit        number of questions per task, the first ones
     batch        sequences in a forward pass
-    seed         of the choice of examples, and of what tasks draw
-    offline      load no data from the hub that is not in the local cache
+    seed         for the choice of examples and for random numbers of tasks
+    offline      use local files only: data in the local cache
 
     Figures are "TASK.METRIC" and "TASK.METRIC.stderr" for each task and group of tasks, and "average": the mean over
-    the tasks of their main metric, acc_norm, else acc. A group counts as one task there, the mean over its questions; a
-    task with neither metric does not count. Units: one row for each question of the average: task (or group), doc, an
-    id within it, and value, of the main metric.
+    the tasks of their main metric, acc_norm, else acc. In it a group counts as one task, with the mean over its
+    questions; a task with neither metric does not count. Units have one row per question of the average: task (or
+    group), doc (an id within it) and value (of the main metric).
 
-    Raises CascadeError where a task is not known or cannot be run, or its data cannot be had.
+    Raises CascadeError if a task is unknown or cannot be run, or if its data is not available.
     """
     lm_eval = _harness()
     random.seed(seed)
@@ -79,7 +79,7 @@ def evaluate(
             task.set_fewshot_seed(seed=seed)
         stack.enter_context(masked(model.network, model.call_id))
         try:
-            found = lm_eval.evaluator.evaluate(
+            evaluated = lm_eval.evaluator.evaluate(
                 lm=_language_model(model, batch),
                 task_dict={"tasks": loaded, "groups": groups},
                 limit=limit,
@@ -87,7 +87,7 @@ def evaluate(
             )
         except (AssertionError, ValueError) as error:
             raise CascadeError(f"the tasks cannot be run: {_one_line(error)}") from None
-    units = _units(found["samples"], found["results"], counted_as)
+    units = _units(evaluated["samples"], evaluated["results"], counted_as)
     result = Result(
         kind="nlu",
         checkpoint=model.folder.name,
@@ -98,14 +98,14 @@ def evaluate(
             "seed": seed,
             "lm_eval": lm_eval.__version__,
         },
-        figures=_figures(found["results"]) | {"average": average(units)},
+        figures=_figures(evaluated["results"]) | {"average": average(units)},
         details={
             "tasks": {
                 name: {
-                    "metric": _main(found["results"][name]),
-                    "version": found["versions"][name],
-                    "num_fewshot": found["n-shot"][name],
-                    "questions": found["n-samples"][name]["effective"],
+                    "metric": _main(evaluated["results"][name]),
+                    "version": evaluated["versions"][name],
+                    "num_fewshot": evaluated["n-shot"][name],
+                    "questions": evaluated["n-samples"][name]["effective"],
                 }
                 for name in loaded
             }
@@ -115,14 +115,14 @@ def evaluate(
 
 
 def average(units: pa.Table) -> float | None:
-    """The mean over tasks of the mean over their questions; None where there are none."""
+    """The mean over tasks of the mean over their questions; None if there are none."""
     means = units.group_by("task").aggregate([("value", "mean")])["value_mean"].to_numpy()
     return float(means.mean()) if len(means) else None
 
 
 @contextmanager
 def masked(network: nn.Module, call_id: int | None) -> Iterator[None]:
-    """While it lasts, each forward pass of a causal language model gives <CALL> the logit -inf."""
+    """Give <CALL> the logit -inf in each forward pass of a causal language model."""
 
     def mask(module: nn.Module, args: Any, output: Any) -> None:
         output.logits[..., call_id] = -torch.inf
@@ -145,7 +145,7 @@ def _harness() -> Any:
 
 
 def _language_model(model: Model, batch: int) -> Any:
-    """The model as the harness asks it: it gets text, and gives log-likelihoods or text."""
+    """The model with the harness's interface: text in, log-likelihoods or text out."""
 
     class LanguageModel(_harness().models.huggingface.HFLM):  # type: ignore[misc]
         @property
@@ -165,7 +165,7 @@ def _language_model(model: Model, batch: int) -> Any:
         def _loglikelihood_tokens(self, requests: Iterable[Any], disable_tqdm: bool = False, **options: Any) -> Any:
             begun = []
             for texts, context, continuation in requests:
-                if texts is not None:  # else a window of a text that is scored whole, begun by `prefix_token_id`
+                if texts is not None:  # else a window of a whole text, which begins with `prefix_token_id`
                     read = context if texts[0] or not model.begin else []
                     context = _begun(model.begin, read, self.max_length + 1 - len(continuation))
                 begun.append((texts, context, continuation))
@@ -182,26 +182,26 @@ def _language_model(model: Model, batch: int) -> Any:
 
 
 def _begun(begin: tuple[int, ...], ids: list[int], room: int | None) -> list[int]:
-    """What a text begins with, and the last of its ids for which there is room."""
+    """The beginning of every text, and the last of its ids that fit."""
     first = 0 if room is None else max(0, len(begin) + len(ids) - room)
     return [*begin, *ids[first:]]
 
 
 def _load(specs: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:
-    """Tasks by name, groups by name, and what each task counts as: itself, or the group that was asked for."""
+    """Tasks by name, groups by name, and for each task what it counts as: itself, or the requested group."""
     from lm_eval.tasks import TaskManager
 
     local: dict[str, Any] = {}
     names: list[str] = []
     for spec in specs:
         if spec.endswith((".yaml", ".yml")) and not Path(spec).is_file():
-            raise CascadeError(f"there is no file {spec}")
-        found = _local(Path(spec)) if Path(spec).exists() else {}
-        local |= found
-        names += list(found) or [spec]
+            raise CascadeError(f"there is no file {spec}: name a task, a YAML file or a folder of them", usage=True)
+        entries = _local(Path(spec)) if Path(spec).exists() else {}
+        local |= entries
+        names += list(entries) or [spec]
     lists = [entry.cfg["task"] for entry in local.values() if isinstance(entry.cfg["task"], list)]  # groups have one
     members = [member if isinstance(member, str) else member.get("task") for members in lists for member in members]
-    manager = TaskManager(include_defaults=not all(name in local for name in [*names, *members]))  # seconds, with them
+    manager = TaskManager(include_defaults=not all(name in local for name in [*names, *members]))  # which take seconds
     manager.task_index.update(local)
 
     tasks: dict[str, Any] = {}
@@ -210,16 +210,16 @@ def _load(specs: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any], dict[st
     for name in names:
         if name not in manager.task_index:
             near = get_close_matches(name, manager.task_index, 3)
-            more = f", but {', '.join(near)}" if near else ""
+            hint = f" (similar: {', '.join(near)})" if near else ""
             raise CascadeError(
-                f"there is no task {name}{more}: name one of the harness, a YAML file or a folder of them"
+                f"unknown task {name}{hint}: name one of the harness, a YAML file or a folder of them", usage=True
             )
         try:
             loaded = manager.load([name])
-        except Exception as error:  # the libraries raise what their parts raise
+        except Exception as error:  # the libraries may raise anything
             raise CascadeError(
-                f"the task {name} or its data cannot be had: {_one_line(error)} "
-                "(without a network: a local YAML file with local data)"
+                f"the task {name} or its data is not available: {_one_line(error)} "
+                "(without a network, use a local YAML file with local data)"
             ) from None
         tasks |= loaded["tasks"]
         groups |= loaded["groups"]
@@ -234,22 +234,22 @@ def _local(path: Path) -> dict[str, Any]:
 
     try:
         if path.is_dir():
-            found = [entry for entry in TaskIndex.build([path.resolve()]).values() if entry.yaml_path is not None]
+            tasks = [entry for entry in TaskIndex.build([path.resolve()]).values() if entry.yaml_path is not None]
         else:
-            found = [entry for entry in [TaskIndex.entry_from_path(path)] if entry is not None]
+            tasks = [entry for entry in [TaskIndex.entry_from_path(path)] if entry is not None]
         entries = [
             replace(entry, yaml_path=None, cfg=_with_data(load_yaml(entry.yaml_path), entry.yaml_path.parent))
-            for entry in found
+            for entry in tasks
         ]
     except Exception as error:  # YAML, and Python that it names
-        raise CascadeError(f"{path} is no task: {_one_line(error)}") from None
+        raise CascadeError(f"{path} is not a task: {_one_line(error)}", usage=True) from None
     if not entries:
-        raise CascadeError(f"{path} holds no task: a task is a YAML file with a line `task: NAME`")
+        raise CascadeError(f"{path} contains no task: a task is a YAML file with a line `task: NAME`", usage=True)
     return {entry.name: entry for entry in sorted(entries, key=lambda entry: "group" in entry.cfg)}
 
 
 def _with_data(config: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """A task's configuration with the paths of its data made absolute; they are relative to its folder."""
+    """A task's configuration with absolute paths of its data, which are relative to its folder."""
 
     def absolute(paths: Any) -> Any:
         if isinstance(paths, dict):
@@ -281,7 +281,7 @@ def _figures(results: dict[str, dict[str, Any]]) -> dict[str, float | None]:
 
 
 def _main(metrics: dict[str, Any]) -> str | None:
-    """The main metric's "METRIC,FILTER"; None where a task has none."""
+    """The main metric's "METRIC,FILTER"; None if the task has none."""
     return next((key for name in MAIN for key in metrics if key.partition(",")[0] == name), None)
 
 
@@ -305,7 +305,7 @@ def _is_number(value: Any) -> bool:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No logs of the harness; its progress bars are for a terminal."""
+    """Silence the harness's logs, and its progress bars if there is no terminal."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -318,7 +318,7 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _offline() -> Iterator[None]:
-    """The libraries read these from the environment when they are imported, and look at them when they load."""
+    """Keep the libraries offline: they read the environment on import, and these constants when they load data."""
     import datasets
     from huggingface_hub import constants
 

@@ -1,4 +1,4 @@
-"""Results of evaluations on disk: figures, and the units that they are means or ranks over, for intervals.
+"""Results of evaluations on disk: figures, and the units that they are computed from, for intervals.
 
 RUN/eval/step-00001000/
   delegation.json      `Result`
@@ -18,13 +18,13 @@ from lacy.schemas.files import write_atomic
 
 
 class Result(BaseModel):
-    """What an evaluation found.
+    """The result of an evaluation.
 
     kind        delegation, leakage, containment, factscore or nlu
     checkpoint  name of the checkpoint's folder
-    options     all that the figures depend on, beside the checkpoint
-    figures     the numbers, by name; None where there is nothing to count
-    details     what is worth looking at, as curves, examples or the text of answers
+    options     everything that the figures depend on, except the checkpoint
+    figures     the numbers, by name; None if there is nothing to count
+    details     material to look at: curves, examples, the text of answers
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -38,7 +38,7 @@ class Result(BaseModel):
 
 
 def save(folder: Path, result: Result, units: pa.Table) -> None:
-    """Write a result; the JSON last, so that where it is, its units are."""
+    """Write a result; the JSON last, so that a result with JSON has its units."""
     buffer = io.BytesIO()
     pq.write_table(units, buffer, compression="zstd")
     write_atomic(folder / f"{result.kind}.parquet", buffer.getvalue())
@@ -46,11 +46,12 @@ def save(folder: Path, result: Result, units: pa.Table) -> None:
 
 
 def read(folder: Path, kind: str) -> tuple[Result, pa.Table] | None:
-    """A result and its units; None where there is none. Raises CascadeError where it is damaged."""
+    """A result and its units; None if there is none. Raises CascadeError if it is damaged."""
     path = folder / f"{kind}.json"
+    command = "leakage" if kind == "containment" else kind
     try:
         return Result.model_validate_json(path.read_bytes()), pq.read_table(path.with_suffix(".parquet"))
     except FileNotFoundError:
         return None
     except (OSError, ValidationError, pa.ArrowException):
-        raise CascadeError(f"{path} cannot be read: lacy eval {kind} writes it anew") from None
+        raise CascadeError(f"{path} cannot be read: write it again with lacy eval {command}") from None

@@ -1,10 +1,10 @@
-"""The process that holds one engine: loads a model, then answers the requests of `labelers.llm.engines` one by one.
+"""The process of one engine: it loads a model, then answers the requests of `lacy.labelers.llm.engines` one by one.
 
     python -m lacy.labelers.llm.engine_process FOLDER ROLE INDEX LAUNCHER
 
-The socket is there when the model is. A request names a method of the model, its items and its arguments; the answers
-are ("began",), any number of ("tokens", n), then ("done", results, seconds), or ("died", why), after which the process
-ends: what raised may have left the engine in any state.
+The socket appears once the model is loaded. A request names a method of the model, its items and its arguments; the
+answers are ("began",), any number of ("tokens", n), then ("done", results, seconds) or ("died", reason). After "died"
+the process ends: an exception may leave the engine in any state.
 """
 
 import importlib
@@ -20,7 +20,7 @@ from multiprocessing.connection import Connection, Listener
 from pathlib import Path
 from typing import Any
 
-IDLE_SECONDS = 60.0  # without a client: on a cluster nobody tells an engine that the run is over
+IDLE_SECONDS = 60.0  # without a client before it ends: on a cluster, no message says that the run is over
 
 
 def main() -> None:
@@ -36,19 +36,22 @@ def main() -> None:
         (folder / f"{role}-{index}.error").write_text(f"{type(error).__name__}: {_line(error)}")
         raise
     serve(model, str(folder / f"{role}-{index}.sock"), (folder / "key").read_bytes())
-    (folder / f"{role}-{index}.pid").unlink(missing_ok=True)  # it has not died: a later start is no restart
+    (folder / f"{role}-{index}.pid").unlink(missing_ok=True)  # not a death: a later start is not a restart
     os._exit(0)
 
 
 def choose_gpus(index: int, count: int) -> None:
-    """Let CUDA see the GPUs of engine `index` alone, `count` for each engine, out of those that it may see."""
+    """Restrict CUDA to the GPUs of engine `index`: `count` for each engine, of the visible ones."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     mine = range(index * count, (index + 1) * count)
     names = visible.split(",") if visible else [str(number) for number in range(mine.stop)]
-    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(names[mine.start : mine.stop])  # one too many: CUDA finds none
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(
+        names[mine.start : mine.stop]
+    )  # empty for one engine too many: CUDA finds none
 
 
 def serve(model: Any, address: str, key: bytes) -> None:
+    """Answer the requests of all clients on a socket, until there has been no client for IDLE_SECONDS."""
     Path(address).unlink(missing_ok=True)
     requests: queue.Queue[tuple[Connection, tuple[str, list[Any], dict[str, Any], bool]]] = queue.Queue()
     clients: set[int] = set()
@@ -66,7 +69,7 @@ def serve(model: Any, address: str, key: bytes) -> None:
         while True:
             try:
                 client = listener.accept()
-            except Exception:  # one that has not the key, or went away while it was asked for it
+            except Exception:  # a client without the key, or one that left during the handshake
                 continue
             clients.add(id(client))
             threading.Thread(target=read, args=(client,), daemon=True).start()
@@ -84,8 +87,8 @@ def serve(model: Any, address: str, key: bytes) -> None:
 
 
 def _answer(model: Any, client: Connection, request: tuple[str, list[Any], dict[str, Any], bool]) -> None:
-    method, items, arguments, tells_tokens = request
-    if tells_tokens:
+    method, items, arguments, wants_tokens = request
+    if wants_tokens:
         arguments = arguments | {"on_tokens": lambda count: _send(client, ("tokens", count))}
     if not _send(client, ("began",)):
         return
@@ -102,12 +105,14 @@ def _answer(model: Any, client: Connection, request: tuple[str, list[Any], dict[
 def _send(client: Connection, message: tuple[Any, ...]) -> bool:
     try:
         client.send(message)
-    except OSError:  # the worker is gone; its part is done again by another
+    except OSError:  # the worker is gone; another one repeats its part
         return False
     return True
 
 
 def _end_with(launcher: int) -> None:
+    """Kill this process's group once the launcher has ended."""
+
     def watch() -> None:
         while True:
             try:

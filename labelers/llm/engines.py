@@ -1,14 +1,13 @@
 """Engines: models in processes of their own, which all workers of a machine share, and which may die.
 
-The workers of a run read and tag on as many cores as there are, and send what needs a model, a slice of a part at a
-time, to one of a few engines: one for each GPU, or group of GPUs. While an engine works on one slice, the workers
-prepare the next. Nobody starts the engines of a machine but the first worker that needs one, under a lock, so that
-nothing but a common folder is needed, on any Beam runner.
+The workers of a run read and tag on all cores. What needs a model they send, one slice of a part at a time, to one of a
+few engines: one for each GPU, or group of GPUs. While an engine works on a slice, the workers prepare the next. The
+first worker that needs an engine starts it, under a lock, so a common folder is all that any Beam runner has to offer.
 
-An engine that dies (out of memory, killed, a bug in a kernel) is started again, and the slice that it had in hand is
-tried again whole: most deaths are nobody's fault, and the same slice gives the same bytes. If it dies again the slice
-is halved, and so on; an item that twice kills an engine alone is given up, with the reason. Slices that were waiting
-at the time are simply sent again.
+An engine that dies (out of memory, killed, a bug in a kernel) is restarted, and its slice is tried again whole: most
+deaths have nothing to do with the slice, and the same slice gives the same bytes. After a second death the slice is
+halved, and so on; an item that kills an engine twice on its own is given up, with the reason. Slices that were queued
+at the time are sent again.
 """
 
 import contextlib
@@ -36,24 +35,24 @@ from lacy.labelers.llm.scorer import Scores
 from lacy.labelers.llm.windows import slices
 from lacy.schemas.errors import ModelError
 
-SLICE_TOKENS = 1 << 18  # in one request: what is lost when an engine dies, and what it holds in memory at once
+SLICE_TOKENS = 1 << 18  # in one request: what a death loses, and what the engine holds in memory at once
 SLICE_CONVERSATIONS = 256
-QUEUED = 2  # requests that an engine has, the one in hand included
+QUEUED = 2  # requests that an engine has at a time, including the one in progress
 POLL = 0.01
 START_SECONDS = 3600.0
-STALLED_SECONDS = 1800.0  # an engine that says nothing for so long is taken for dead
-RESTARTS = (0.0, 2.0, 10.0, 30.0)  # seconds before each try: the memory of a dead engine is not free at once
+STALLED_SECONDS = 1800.0  # after which a silent engine counts as dead
+RESTARTS = (0.0, 2.0, 10.0, 30.0)  # seconds before each try: a dead engine's memory is not freed at once
 KILL_SECONDS = 10.0
 MAX_DEATHS = 40  # in a row, without one answer
 
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """A model that engines load: `factory(**arguments)`, a function named "module:function".
+    """A model that engines load: `factory(**arguments)`, with `factory` as "module:function".
 
     role   names the engines' files: "reference", "student", "judge"
     count  engines on one machine
-    gpus   of each engine
+    gpus   GPUs of each engine
     """
 
     role: str
@@ -65,13 +64,13 @@ class EngineSpec:
 
 @dataclass(frozen=True)
 class Died:
-    """Takes the place of a result: every engine died of this item."""
+    """In place of a result: every engine died of this item."""
 
     reason: str
 
 
 def run_folder(key: str) -> Path:
-    """The folder in which the processes of the run `key` on this machine meet."""
+    """The folder that the processes of the run `key` share on this machine."""
     name = f"lacy-{os.getuid()}-{key}"
     folder = Path(tempfile.gettempdir()) / name
     return folder if len(str(folder)) < 70 else Path("/tmp") / name  # a socket's path has at most 107 characters
@@ -80,16 +79,16 @@ def run_folder(key: str) -> Path:
 class Engines:
     """The engines of one spec, as one worker sees them; threads may share it.
 
-    folder      of the run on this machine (`run_folder`)
-    launcher    process without which the engines end; 0: they end when no worker has been connected for a minute
-    on_restart  called when an engine has been started again
+    folder      the run's folder on this machine (`run_folder`)
+    launcher    id of a process whose end ends the engines; 0: they end after a minute without a connected worker
+    on_restart  called when an engine has been restarted
     """
 
     def __init__(
         self, spec: EngineSpec, folder: Path, launcher: int = 0, on_restart: Callable[[], None] | None = None
     ) -> None:
         self.spec, self.folder, self.launcher, self.on_restart = spec, folder, launcher, on_restart
-        self.seconds = 0.0  # that engines have worked for this worker
+        self.seconds = 0.0  # of engine time spent on this worker's requests
         self.greeting: dict[str, Any] = {}
         self._own = threading.local()
         self._children: list[subprocess.Popen[bytes]] = []
@@ -100,7 +99,7 @@ class Engines:
             if not (folder / f"{spec.role}.json").exists():
                 fields = {"factory": spec.factory, "arguments": spec.arguments, "gpus": spec.gpus}
                 _write(folder / f"{spec.role}.json", json.dumps(fields).encode())
-        with self._slot() as index:  # a model that cannot be loaded is known now
+        with self._slot() as index:  # a model that cannot be loaded fails here
             self._connect(index)
 
     def run(
@@ -108,7 +107,7 @@ class Engines:
     ) -> list[Any]:
         """`model.method(items, **arguments)` on one of the engines: a result for each item, or `Died`.
 
-        Raises ModelError when engines cannot be started, or die time after time whatever they are given.
+        Raises ModelError if engines cannot be started, or die again and again whatever their slice.
         """
         results: list[Any] = [None] * len(items)
         todo = [(0, len(items), 2)] if items else []  # from, to, deaths until it is halved or given up
@@ -137,7 +136,7 @@ class Engines:
         return results
 
     def close(self) -> None:
-        """Let go of the engines; they serve other workers on."""
+        """Disconnect from the engines, which go on serving other workers."""
         for connection in vars(self._own).values():
             connection.close()
         vars(self._own).clear()
@@ -153,7 +152,7 @@ class Engines:
                 while True:
                     if began and not connection.poll(STALLED_SECONDS):
                         _kill(self._path(index, "pid"))
-                        raise _EngineDeathError("it stood still", True)
+                        raise _EngineDeathError("it stalled", True)
                     message = connection.recv()
                     if message[0] == "began":
                         began = True
@@ -168,12 +167,12 @@ class Engines:
                 self._drop(index)
                 raise _EngineDeathError("it was killed", began) from None
             except BaseException:
-                self._drop(index)  # what it still says is for nobody
+                self._drop(index)  # nobody will read the rest of the answer
                 raise
 
     @contextlib.contextmanager
     def _slot(self) -> Iterator[int]:
-        """The index of an engine that has room for one more request; the emptiest first."""
+        """The index of an engine with room for one more request, the least busy first."""
         count = self.spec.count
         order = [(os.getpid() + number) % count for number in range(count)]
         while True:
@@ -222,7 +221,7 @@ class Engines:
                     self.on_restart()
                 return connection
         error = self._path(index, "error")
-        reason = error.read_text() if error.exists() else _last_line(self._path(index, "log")) or "it said nothing"
+        reason = error.read_text() if error.exists() else _last_line(self._path(index, "log")) or "it printed nothing"
         raise ModelError(f"the {self.spec.role} engine does not start: {reason.removeprefix('ModelError: ')}")
 
     def _launch(self, index: int) -> Connection | None:
@@ -234,7 +233,7 @@ class Engines:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                start_new_session=True,  # it has children of its own, which die with its group
+                start_new_session=True,  # its own children die with its process group
             )
         self._children.append(process)
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -252,7 +251,7 @@ class Engines:
 
 
 class EngineScorer:
-    """The Scorer protocol of `lacy.labelers.llm.scorer` on engines that load `reference.load(**spec.arguments)`."""
+    """The Scorer protocol of `lacy.labelers.llm.scorer` on engines whose factory is `load:scorer`."""
 
     def __init__(self, engines: Engines) -> None:
         self.engines = engines
@@ -276,7 +275,7 @@ class EngineScorer:
 
 
 class EngineChat:
-    """The Chat protocol of `lacy.labelers.llm.chat` on engines that load `chat.load(**spec.arguments)`."""
+    """The Chat protocol of `lacy.labelers.llm.chat` on engines whose factory is `load:chat`."""
 
     def __init__(self, engines: Engines) -> None:
         self.engines = engines
@@ -297,7 +296,7 @@ class EngineChat:
 
 
 def stop(folder: Path) -> None:
-    """End all engines that meet in a folder, and remove it."""
+    """End all engines of a folder, and remove it."""
     for path in folder.glob("*.pid"):
         _kill(path)
     if folder.is_dir():
@@ -313,7 +312,7 @@ class _EngineDeathError(Exception):
 
 
 def _kill(pid_file: Path) -> None:
-    """Kill the process group of an engine: its own children may outlive it."""
+    """Kill an engine's process group: its children may outlive it."""
     try:
         group, born = json.loads(pid_file.read_text())
     except (FileNotFoundError, ValueError):

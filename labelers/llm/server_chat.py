@@ -9,10 +9,10 @@ PATH = "/v1/chat/completions"
 
 
 class ServerChat:
-    """A chat model behind servers, which call it `model` or have only one; see `ServerPool` for the other settings.
+    """A chat model on servers, which call it `model` or serve only one; see `ServerPool` for the other settings.
 
-    `context` is the least that the servers report, in tokens. Raises `ModelError` when the servers have another model,
-    or when none answers.
+    `context` is the smallest that the servers report, in tokens. Raises `ModelError` if the servers have another model,
+    or if none answers.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class ServerChat:
         return [Reply(None, answer.reason) if isinstance(answer, Refused) else Reply(answer) for answer in answers]
 
     def close(self) -> None:
-        """Close the connections; the servers go on. Closing twice is harmless."""
+        """Close the connections; the servers keep running. Closing twice is harmless."""
         self.pool.close()
 
 

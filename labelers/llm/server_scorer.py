@@ -1,15 +1,15 @@
-"""The scorer on servers that speak the OpenAI protocol: for a model that is served already, or on other machines.
+"""The scorer on servers that speak the OpenAI protocol: for a model that is already served, or on other machines.
 
-Token ids go to `/v1/completions`, several windows in one request, and the log-probabilities of the prompt come back.
-Servers have two ways to ask for them, tried on two tokens when the scorer is made:
+Token ids go to `/v1/completions`, several windows per request, and the log-probabilities of the prompt come back.
+Servers offer two ways to ask for them, tried on two tokens when the scorer is created:
 
 - `prompt_logprobs`, vLLM's own: for each token its id, log-probability and rank. It is tried first: on vLLM its answers
-  take 80 bytes a token and 2.3 microseconds to read, those of `echo` 268 and 6.7, and the numbers are the same.
-- `echo` with `logprobs`, the classic one: the prompt as if it had been generated. Tokens come as ids where the server
-  can do that (`return_tokens_as_token_ids`); where it cannot, only their number is checked.
+  take 80 bytes per token and 2.3 microseconds to read, those of `echo` 268 and 6.7, and the numbers are the same.
+- `echo` with `logprobs`, the classic one: the prompt as if it had been generated. Tokens come as ids if the server can
+  do that (`return_tokens_as_token_ids`); otherwise only their number is checked.
 
-Scores are put where they belong by document and position, so neither order nor repetition of requests changes them.
-For equal numbers whatever else a server does, serve the model in float32 and without prefix caching.
+Scores are stored by document and position, so neither the order nor the repetition of requests changes them. For equal
+numbers whatever else a server does, serve the model in float32 and without prefix caching.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from lacy.labelers.llm.models import text_config
+from lacy.labelers.llm.model_folders import text_config
 from lacy.labelers.llm.scorer import MAX_DEFAULT_WINDOW, Scores, Span, fault_of, finish, plan_spans, settle_window
 from lacy.labelers.llm.servers import BadAnswerError, Body, Refused, ServerPool, pick_model
 from lacy.labelers.llm.windows import slices
@@ -28,7 +28,7 @@ REQUEST_PROMPTS = 32
 IMPOSSIBLE = -9998.0  # nats; servers write -inf as -9999, which JSON can hold
 PATH = "/v1/completions"
 
-ECHO = {"echo": True, "logprobs": 1}  # 1, not 0, which some servers take for none; and it tells the most likely token
+ECHO = {"echo": True, "logprobs": 1}  # not 0, which some servers take for none; 1 also gives the most likely token
 WAYS: tuple[tuple[str, Body], ...] = (
     ("prompt_logprobs", {"max_tokens": 1, "prompt_logprobs": 0}),
     ("echo", {"max_tokens": 0, "return_tokens_as_token_ids": True, **ECHO}),
@@ -37,19 +37,19 @@ WAYS: tuple[tuple[str, Body], ...] = (
     ("echo", {"max_tokens": 1, **ECHO}),
 )
 
-Answer = list[tuple[np.ndarray, np.ndarray | None]]  # per prompt: NLL of all tokens but the first, and if each was top
+Answer = list[tuple[np.ndarray, np.ndarray | None]]  # per prompt: NLL of all tokens but the first, whether each is top
 
 
 class ServerScorer:
-    """An LLM behind servers; see `labelers.llm.scorer` for the protocol, and `ServerPool` for the settings not here.
+    """An LLM on servers; see `lacy.labelers.llm.scorer.Scorer` for the protocol and `ServerPool` for other settings.
 
     model        name or folder whose config gives the context and the vocabulary
-    window       tokens per prompt, BOS included; default: what model and servers can take, at most 2048
-    served_name  what the servers call the model; default: `model` where they have it, else their only one
-    vocabulary   ids that the model knows; where it is given, no config is read, and the servers tell the context
+    window       tokens per prompt, including BOS; default: what model and servers allow, at most 2048
+    served_name  the servers' name of the model; default: `model` if they have it, else their only one
+    vocabulary   number of ids that the model knows; if given, no config is read and the servers report the context
     way          "prompt_logprobs" or "echo"; default: the first that works
 
-    Raises `ModelError` when model, servers or settings do not fit each other, or when no server answers.
+    Raises `ModelError` if model, servers or settings do not fit each other, or if no server answers.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class ServerScorer:
             if on_tokens:
                 on_tokens(sum(span.end - span.score_from for span in group))
 
-        while groups:  # as often as a group can be halved
+        while groups:  # until no group is left to halve
             bodies = (self._body(documents, group) for group in groups)
             self.pool.post_all(PATH, bodies, self._read, done)
             groups = [half for group in refused for half in _halves(group, faults)]
@@ -118,11 +118,11 @@ class ServerScorer:
         return finish(nll, correct, faults)
 
     def close(self) -> None:
-        """Close the connections; the servers go on. Closing twice is harmless."""
+        """Close the connections; the servers keep running. Closing twice is harmless."""
         self.pool.close()
 
     def _groups(self, spans: list[Span]) -> list[list[Span]]:
-        """Neighbours for one request each, small enough for every server to get some."""
+        """Consecutive spans for one request each, small enough that every server gets some."""
         sizes = [span.end - span.begin for span in spans]
         most = min(REQUEST_TOKENS, -(-sum(sizes) // len(self.pool.urls)))
         sizes = [max(size, -(-most // REQUEST_PROMPTS)) for size in sizes]
@@ -136,8 +136,8 @@ class ServerScorer:
         return {"model": self.name, "prompt": prompts, "temperature": 0, **self._parameters}
 
     def _agree(self, way: str | None) -> None:
-        """Settle how to ask: `way`, `ranked` (whether the most likely token is told) and the request's parameters."""
-        reason = f"no way {way!r} to ask: take prompt_logprobs or echo"
+        """Choose `way`, the request's parameters and `ranked`: whether answers include the most likely token."""
+        reason = f"unknown way {way!r} to ask: use prompt_logprobs or echo"
         for name, parameters in WAYS:
             if way not in (None, name):
                 continue
@@ -148,11 +148,11 @@ class ServerScorer:
                 return
             reason = answer if isinstance(answer, str) else answer.reason
         raise ModelError(
-            f"no server gives log-probabilities of a prompt; serve the model with vLLM, whose default can ({reason})"
+            f"no server returns log-probabilities of a prompt: serve the model with vLLM, which does ({reason})"
         )
 
     def _try(self, answer: Any, body: Body) -> bool | str:
-        """Whether the most likely token is told, or why this way does not work: an answer of another kind is final."""
+        """Whether answers include the most likely token, or why this way does not work."""
         try:
             ((_, top),) = self._read(answer, body)
         except BadAnswerError as error:
@@ -171,7 +171,7 @@ class ServerScorer:
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise BadAnswerError(f"no log-probabilities of the prompt ({type(error).__name__}: {error})") from None
         if self.ranked and any(top is None for _, top in scores):
-            raise BadAnswerError("no ranks, which it gave before")
+            raise BadAnswerError("no ranks, which earlier answers had")
         return scores
 
 
@@ -212,7 +212,7 @@ def _nll(logprobs: list[float]) -> np.ndarray:
 
 
 def _halves(group: list[Span], faults: list[str | None]) -> list[list[Span]]:
-    """A group in two, without the documents that are given up."""
+    """A group in two halves, without the documents that have been given up."""
     left = [span for span in group if faults[span.document] is None]
     middle = (len(left) + 1) // 2
     return [half for half in (left[:middle], left[middle:]) if half]
@@ -225,11 +225,11 @@ def _config(model: str, trust_remote_code: bool) -> tuple[int | None, int]:
 
 
 def _window(lengths: list[int], window: int | None, overlap: int | None, bos: int | None) -> tuple[int, int]:
-    """`window` and `overlap`, checked against the contexts of model and servers: one token of them is generated."""
+    """`window` and `overlap`, checked against the contexts of model and servers, one token of which is generated."""
     most = min(lengths) - 1 if lengths else None
     if window is not None and most is not None and window > most:
         raise ModelError(
-            f"window {window} does not fit: model and servers take {most + 1} tokens, of which one is generated; set "
+            f"window {window} does not fit: model and servers take {most + 1} tokens, of which one is generated: set "
             f"the window to {most} or less"
         )
     if window is None and most is not None:

@@ -1,12 +1,12 @@
 """The scorer on `transformers`: exact, deterministic, and the sensible choice on a CPU.
 
-What makes it faster than a loop over `model(**batch)`, without changing a number:
+It is faster than a loop over `model(**batch)`, without changing a number, because
 
 - windows are sorted by length and batched by tokens, so little of a batch is padding;
-- padding stands on the right and no attention mask is passed: a causal model cannot see what comes after, and without
-  a mask attention takes its fast path;
-- hidden states of the positions that are scored, and only these, go through the output layer, some rows at a time, in
-  a buffer that is reused: the logits of a whole batch never exist.
+- padding is on the right and no attention mask is passed: a causal model does not see what comes later, and attention
+  takes its fast path without a mask;
+- only the hidden states of scored positions go through the output layer, some rows at a time, in a buffer that is
+  reused: the logits of a whole batch never exist.
 """
 
 import logging
@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from lacy.labelers.llm.models import resolve
+from lacy.labelers.llm.model_folders import resolve
 from lacy.labelers.llm.scorer import Scores, Span, fault_of, finish, plan_spans, settle_window
 from lacy.schemas.errors import ModelError
 
@@ -28,11 +28,21 @@ log = logging.getLogger(__name__)
 CPU_BATCH_TOKENS = 1024  # a few percent faster than 2048 to 8192, and takes less memory
 GPU_BATCH_TOKENS = 32768
 LOGITS_BYTES = 128 << 20  # of one chunk of float32 logits
-CACHED_ROWS = 8  # rows of logits that are reduced together on a CPU: they stay in its cache
+CACHED_ROWS = 8  # rows of logits reduced together on a CPU, few enough to stay in its cache
 
 
 class TransformersScorer:
-    """A causal language model of `transformers`; see `lacy.labelers.llm.scorer` for the protocol and the settings."""
+    """A causal language model of `transformers`; see `lacy.labelers.llm.scorer.Scorer` for the protocol.
+
+    dtype             "auto" is float32 on a CPU and bfloat16 on a GPU; else the name of a torch dtype
+    window, overlap   tokens, as `lacy.labelers.llm.load.scorer` explains
+    max_batch_tokens  tokens per forward pass over all documents, padding included; the default suits the device
+    device            "auto" is "cuda" if there is one, else "cpu"
+    threads           CPU threads; with one, equal calls give equal bytes whatever else the machine does
+    bos               id put in front of each window
+
+    Raises `ModelError` if the model cannot be loaded, `ValueError` for impossible settings.
+    """
 
     path = "transformers"
 
@@ -98,14 +108,14 @@ class TransformersScorer:
                     raise
                 todo += [batch[len(batch) // 2 :], batch[: len(batch) // 2]]
                 continue
-            at = 0
+            first = 0
             for span in batch:
-                size = span.end - span.score_from
-                nll[span.document][span.score_from : span.end] = batch_nll[at : at + size]
-                correct[span.document][span.score_from : span.end] = batch_correct[at : at + size]
-                at += size
+                last = first + span.end - span.score_from
+                nll[span.document][span.score_from : span.end] = batch_nll[first:last]
+                correct[span.document][span.score_from : span.end] = batch_correct[first:last]
+                first = last
             if on_tokens:
-                on_tokens(at)
+                on_tokens(first)
         return finish(nll, correct, faults)
 
     def close(self) -> None:
@@ -115,14 +125,14 @@ class TransformersScorer:
 
     @torch.inference_mode()
     def _score_batch(self, documents: list[np.ndarray], batch: list[Span]) -> tuple[np.ndarray, np.ndarray]:
-        """NLL (float32) and correctness (bool) of the scored tokens of a batch of spans, joined in its order.
+        """NLL (float32) and correctness (bool) of the scored tokens of a batch of spans, concatenated in order.
 
-        The model reads each span but for its last token, which predicts nothing that is asked for.
+        The model reads each span without its last token, whose prediction is not needed.
         """
         lead = int(self.bos is not None)
         length = max(lead + span.end - 1 - span.begin for span in batch)
         ids = np.zeros((len(batch), length), dtype=np.int64)  # (B, L)
-        sources, targets = [], []  # of each scored token: where in the flat batch its prediction stands, and its id
+        sources, targets = [], []  # for each scored token: index of its prediction in the flat batch, and its id
         for row, span in enumerate(batch):
             document = documents[span.document]
             if self.bos is not None:
@@ -152,7 +162,7 @@ class TransformersScorer:
         return nll, correct
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Float32 logits (N, V) of hidden states (N, H); on a CPU they lie in a buffer, valid until the next call."""
+        """Float32 logits (N, V) of hidden states (N, H); on a CPU in a buffer, valid until the next call."""
         if hidden.device.type != "cpu" or hidden.dtype != torch.float32 or type(self.head) is not nn.Linear:
             return self.head(hidden).float()
         vocabulary = self.head.out_features
@@ -165,25 +175,25 @@ class TransformersScorer:
 
     @torch.inference_mode()
     def _head_is_plain(self) -> bool:
-        """Whether the model's logits are those of its output layer on its last hidden states, tried on a short prompt.
+        """Whether the logits are the output layer's on the last hidden states, tried on a short prompt.
 
         Some architectures scale or cap them afterwards (Cohere, Granite, Gemma 2).
         """
         if self.head is None or self.model.base_model is self.model:
             return False
         prompt = torch.arange(16, device=self.device)[None] * (self.vocabulary // 16)
-        theirs = self.model(input_ids=prompt, use_cache=False).logits[0].float()
-        ours = self._logits(self.model.base_model(input_ids=prompt, use_cache=False).last_hidden_state[0])
-        if ours.shape != theirs.shape:
+        logits = self.model(input_ids=prompt, use_cache=False).logits[0].float()
+        product = self._logits(self.model.base_model(input_ids=prompt, use_cache=False).last_hidden_state[0])
+        if product.shape != logits.shape:
             return False
         tolerance = 1e-4 if self.model.dtype == torch.float32 else 2e-2
-        return bool((ours - theirs).abs().max() <= tolerance * theirs.abs().max())
+        return bool((product - logits).abs().max() <= tolerance * logits.abs().max())
 
 
 def token_batches(spans: list[Span], max_tokens: int) -> list[list[Span]]:
-    """Spans in batches of like length, longest first; a batch padded to its longest span has at most `max_tokens`.
+    """Batches of spans of similar length, longest first; padded to its longest span, a batch has up to `max_tokens`.
 
-    A single span longer than that is a batch of its own. Spans of equal length keep their order.
+    A longer span is a batch of its own. Spans of equal length keep their order.
     """
     batches: list[list[Span]] = []
     for span in sorted(spans, key=lambda span: span.begin - span.end):
@@ -195,7 +205,7 @@ def token_batches(spans: list[Span], max_tokens: int) -> list[list[Span]]:
 
 
 def _reduce(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (N, V) float32 and targets (N,) to NLL (N,) float32 in nats, and whether no token is more likely (N,)."""
+    """NLL (N,) float32 in nats from logits (N, V) float32 and targets (N,), and whether no token is more likely."""
     wanted = logits.gather(1, target[:, None])[:, 0]
     blocks = logits.split(CACHED_ROWS) if logits.device.type == "cpu" else (logits,)
     total = torch.cat([block.logsumexp(-1) for block in blocks])
@@ -205,7 +215,7 @@ def _reduce(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, t
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Neither progress bars nor advice from `transformers` within the block."""
+    """Silence the progress bars and advice of `transformers`."""
     bars, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()

@@ -1,19 +1,19 @@
 """The chat on vLLM, in this process.
 
-Conversations are turned into token ids here and not by the engine, so that one that is too long, or that the model's
-template refuses, is known before the engine sees it. Answers are greedy. The prefix cache is on: prompts that begin
-alike are read once.
+Conversations become token ids here and not in the engine, so that one that is too long, or that the model's template
+refuses, is noticed before the engine sees it. Answers are greedy. The prefix cache is on: common beginnings of prompts
+are read once.
 
-As with the scorer, a process can hold only one engine on a CPU at a time.
+As with the scorer, a process can have only one engine on a CPU at a time.
 """
 
 from typing import Any
 
 from lacy.labelers.llm.chat import Reply
-from lacy.labelers.llm.models import resolve, text_config
+from lacy.labelers.llm.model_folders import resolve, text_config
 from lacy.labelers.llm.vllm_scorer import CPU_BATCH_TOKENS, close_engine, open_engine, prepare
 
-MAX_DEFAULT_CONTEXT = 4096  # tokens; the cache must hold one conversation of this length
+MAX_DEFAULT_CONTEXT = 4096  # tokens; the cache must have room for one conversation of this length
 
 
 class VllmChat:
@@ -25,7 +25,7 @@ class VllmChat:
     window            tokens of prompt and answer together; default: the model's context, at most 4096
     engine            further arguments of `vllm.LLM`
 
-    Raises `ModelError` when the model or vLLM is missing, `ValueError` when the window is longer than the context.
+    Raises `ModelError` if the model or vLLM is missing, `ValueError` if the window is longer than the context.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class VllmChat:
         settings: dict[str, Any] = {
             "max_model_len": self.context,
             "seed": 0,
-            # a model that may put any white space between two fields can go on doing so until it is cut off
+            # a model that may write any white space between two fields can go on doing so until it is cut off
             "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
         }
         if on_cpu:
@@ -75,19 +75,19 @@ class VllmChat:
         ]
 
     def close(self) -> None:
-        """Free the engine; another can be loaded in this process then. Closing twice is harmless."""
+        """Free the engine, so that this process can load another. Closing twice is harmless."""
         if self.llm is not None:
             close_engine(self.llm)
             self.llm = None
 
     def _prompt(self, conversation: list[dict[str, str]]) -> list[int] | str:
-        """Token ids of a conversation that leave room for an answer, or why there are none."""
+        """The token ids of a conversation, or why it cannot be asked."""
         try:
             ids = self._ids(conversation)
-        except Exception as error:  # templates are programs of their own, and raise what they like
-            return f"the conversation cannot be put into tokens: {_line(error)}"
+        except Exception as error:  # templates are programs, which may raise anything
+            return f"the conversation cannot be tokenized: {_line(error)}"
         if len(ids) >= self.context:
-            return f"the conversation has {len(ids)} tokens, and the model reads {self.context}, answer included"
+            return f"the conversation has {len(ids)} tokens, and the model reads {self.context}, including the answer"
         return ids
 
     def _ids(self, conversation: list[dict[str, str]]) -> list[int]:
@@ -98,7 +98,7 @@ class VllmChat:
         except Exception:
             if conversation[0]["role"] != "system" or len(conversation) == 1:
                 raise
-            return self._templated(without_system(conversation))  # some templates know no such role
+            return self._templated(without_system(conversation))  # some templates do not know this role
 
     def _templated(self, conversation: list[dict[str, str]]) -> list[int]:
         return self.tokenizer.apply_chat_template(
@@ -106,12 +106,12 @@ class VllmChat:
             add_generation_prompt=True,
             tokenize=True,
             return_dict=False,
-            enable_thinking=False,  # for templates that ask; others take no notice
+            enable_thinking=False,  # for templates that ask; others ignore it
         )
 
 
 def without_system(conversation: list[dict[str, str]]) -> list[dict[str, str]]:
-    """The same conversation with the text of the system message at the head of the message after it."""
+    """The same conversation with the system message's text at the beginning of the message after it."""
     system, first, *rest = conversation
     return [first | {"content": f"{system['content']}\n\n{first['content']}"}, *rest]
 

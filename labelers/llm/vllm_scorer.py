@@ -1,13 +1,13 @@
 """The scorer on vLLM: the choice for a GPU, and the same code on a CPU.
 
-vLLM is used as a pure scorer. Token ids go in, no tokenizer is loaded and nothing is decoded, the prefix cache is off
-(it makes scores depend on the order of documents), and one token is generated per window, because vLLM cannot generate
-none; so a window is at least one token shorter than the model's context.
+vLLM is used as a pure scorer: token ids go in, no tokenizer is loaded and nothing is decoded. The prefix cache is off,
+as it makes scores depend on the order of documents. One token is generated per window, the fewest that vLLM can
+generate, so a window is at least one token shorter than the model's context.
 
-There are two ways to ask for the scores of a prompt. Where the engine has it (its second model runner, on GPUs) the
-ids to be scored go along with the request, and one float comes back for each. Elsewhere `prompt_logprobs=0` returns
-the ids that were scored too, which are checked against the prompt, and their ranks, which tell whether each was the
-most likely token.
+There are two ways to ask for the scores of a prompt. If the engine supports it (its second model runner, on GPUs), the
+request names the ids to score, and one float comes back for each. Otherwise `prompt_logprobs=0` also returns the ids
+that were scored, which are checked against the prompt, and their ranks, which tell whether each was the most likely
+token.
 
 On a GPU the engine runs in a process of its own, as vLLM does by default. On a CPU it runs in this process, with this
 process's threads; a process can hold only one such engine at a time.
@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from lacy.labelers.llm.models import resolve, text_config
+from lacy.labelers.llm.model_folders import resolve, text_config
 from lacy.labelers.llm.scorer import (
     GPU_MEMORY_SHARE,
     MAX_DEFAULT_WINDOW,
@@ -40,13 +40,23 @@ from lacy.schemas.errors import ModelError
 CPU_BATCH_TOKENS = 2048
 GPU_BATCH_TOKENS = 4096  # the first model runner holds 6 bytes per token and vocabulary entry that it does not plan for
 CPU_CACHE_BYTES = 2 << 30
-SLICE_TOKENS = 1 << 18  # in one call of the engine, which keeps all answers of a call until the last is there
-CPU_SLICE_TOKENS = 1 << 15  # so that progress is seen
-QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}  # where the environment does not say otherwise
+SLICE_TOKENS = 1 << 18  # in one call of the engine, which keeps all answers of a call until the last is done
+CPU_SLICE_TOKENS = 1 << 15  # small enough to show progress
+QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}  # unless the environment says otherwise
 
 
 class VllmScorer:
-    """An LLM in vLLM; see `lacy.labelers.llm.scorer` for the protocol and the settings. `engine` goes to `vllm.LLM`."""
+    """An LLM in vLLM; see `lacy.labelers.llm.scorer.Scorer` for the protocol.
+
+    dtype             "auto" is float32 on a CPU and bfloat16 on a GPU; else the name of a torch dtype
+    window, overlap   tokens, as `lacy.labelers.llm.load.scorer` explains
+    max_batch_tokens  tokens per scheduler step; the default suits the device
+    threads           CPU threads
+    bos               id put in front of each window
+    engine            further arguments of `vllm.LLM`
+
+    Raises `ModelError` if the model or vLLM is missing, `ValueError` for impossible settings.
+    """
 
     def __init__(
         self,
@@ -106,7 +116,7 @@ class VllmScorer:
         return finish(nll, correct, faults)
 
     def close(self) -> None:
-        """Free the engine; another can be loaded in this process then. Closing twice is harmless."""
+        """Free the engine, so that this process can load another. Closing twice is harmless."""
         if self.llm is not None:
             close_engine(self.llm)
             self.llm = None
@@ -117,7 +127,7 @@ class VllmScorer:
         return _Prompt(lead + ids, len(lead) + span.score_from - span.begin)
 
     def _ask(self, prompts: list["_Prompt"]) -> list["_Answer | str"]:
-        """An answer for each prompt, or why there is none. One for other ids than the prompt's is asked for once more.
+        """An answer for each prompt, or why there is none. An answer for other ids is asked for once more.
 
         The engine reads the ids from memory that it may have reused by then (vLLM pull request 44106).
         """
@@ -148,7 +158,7 @@ class VllmScorer:
         return self.llm.generate(inputs, parameters, use_tqdm=False)
 
     def _scores_by_ids(self) -> bool:
-        """Whether the engine scores ids that it is given, tried on two tokens; an older one has no such parameter."""
+        """Whether the engine scores ids named in the request, tried on two tokens; older ones lack the parameter."""
         from vllm.exceptions import VLLMValidationError
 
         self.by_ids = True
@@ -173,7 +183,7 @@ class _Answer:
 
 
 def _read(prompt: _Prompt, output: Any) -> _Answer | None:
-    """The scores out of a RequestOutput of vLLM; None where they are not those of the prompt."""
+    """The scores in a RequestOutput of vLLM; None if they are not the prompt's."""
     scored = len(prompt.ids) - prompt.score_from
     by_ids = getattr(output, "prompt_token_id_logprobs", None)
     if by_ids is not None:
@@ -187,7 +197,7 @@ def _read(prompt: _Prompt, output: Any) -> _Answer | None:
 
 
 def prepare() -> bool:
-    """Make vLLM ready to be imported; whether it will run on a CPU. Raises ModelError where it is not installed."""
+    """Prepare the import of vLLM. Returns whether it will run on a CPU. Raises ModelError if it is not installed."""
     if importlib.util.find_spec("vllm") is None:
         raise ModelError("vLLM is not installed: pip install 'lacy[vllm]'")
     for name, value in QUIET.items():
@@ -198,7 +208,7 @@ def prepare() -> bool:
 
 
 def open_engine(model: str, dtype: str, threads: int, trust_remote_code: bool, settings: dict[str, Any]) -> Any:
-    """A `vllm.LLM` for a model folder or name, with the settings that all of ours share. Raises ModelError."""
+    """A `vllm.LLM` for a model folder or name, with the settings that all uses share. Raises ModelError."""
     on_cpu = prepare()
     import torch
 
@@ -223,7 +233,7 @@ def open_engine(model: str, dtype: str, threads: int, trust_remote_code: bool, s
         except (ImportError, OSError, RuntimeError, ValueError) as error:
             raise ModelError(f"vLLM cannot load {model!r}: {' '.join(str(error).split())[:300]}") from error
         finally:
-            torch.set_num_threads = set_num_threads  # a CPU engine replaces it with one that does nothing
+            torch.set_num_threads = set_num_threads  # a CPU engine replaces it with a function that does nothing
 
 
 def close_engine(llm: Any) -> None:
@@ -235,10 +245,10 @@ def close_engine(llm: Any) -> None:
 
 
 def hide_from_kernel_search() -> None:
-    """Let vLLM's CPU platform load where numba was imported before it.
+    """Let vLLM's CPU platform load after numba.
 
-    It asks the `__dict__` of every object in every module for a kernel, and llvmlite's library answers to any name,
-    that one too, with a function. Its table of functions seen is asked first.
+    It searches the `__dict__` of every object in every module for a kernel, and llvmlite's library answers to any
+    attribute name, including this one, with a function. The library looks into its table of known functions first.
     """
     if ffi := sys.modules.get("llvmlite.binding.ffi"):
         ffi.lib._fntab.setdefault("__dict__", {})

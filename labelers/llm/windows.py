@@ -1,4 +1,4 @@
-"""Windows: how a document longer than a model's context is cut up so that each token is scored once, with context."""
+"""Windows over documents longer than a model's context, such that each token is scored once, with context."""
 
 from collections.abc import Iterator
 
@@ -6,9 +6,9 @@ from collections.abc import Iterator
 def windows(n_tokens: int, size: int, overlap: int) -> list[tuple[int, int, int]]:
     """Plan windows of at most `size` tokens over a document of `n_tokens`; each is `(begin, end, score_from)`.
 
-    A window reads the tokens `[begin, end)`, and the scores taken from it are those of `[score_from, end)`. These
-    ranges join up: every token but the first is scored exactly once. In the first window a token has all before it as
-    context; in a later one it has at least `overlap` tokens. No window but the last is shorter than `size`.
+    A window reads the tokens `[begin, end)`, and gives the scores of `[score_from, end)`. These ranges adjoin: every
+    token but the first is scored exactly once. In the first window a token has all tokens before it as context; in a
+    later one it has at least `overlap` tokens. No window but the last is shorter than `size`.
 
     Ten tokens, windows of five, overlap two (`.` read as context, `x` scored)::
 
@@ -19,7 +19,7 @@ def windows(n_tokens: int, size: int, overlap: int) -> list[tuple[int, int, int]
               . . x x x
                     . . x x
 
-    A document of no or one token has nothing to score, hence no windows. Raises `ValueError` unless
+    A document of fewer than two tokens has nothing to score, hence no windows. Raises `ValueError` unless
     `0 < overlap < size`: without overlap the first token of a window would have no context.
     """
     if not 0 < overlap < size:
@@ -35,7 +35,7 @@ def windows(n_tokens: int, size: int, overlap: int) -> list[tuple[int, int, int]
 
 
 def slices(sizes: list[int], most: int) -> Iterator[tuple[int, int]]:
-    """Ranges of neighbours whose sizes add up to at most `most`; a larger one is a range of its own."""
+    """Ranges of consecutive items whose sizes add up to at most `most`; a larger item is a range of its own."""
     begin = total = 0
     for index, size in enumerate(sizes):
         if index > begin and total + size > most:

@@ -17,6 +17,7 @@ from lacy.schemas.manifest import CorpusFile
 
 FORMATS = {".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".txt": "txt", ".xml": "xml"}
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bzip2"}
+SPOOL = ".spool"  # the folder of a dataset for the ranges of compressed files, while a run goes on
 MAX_PART_BYTES, MIN_PART_BYTES = 1 << 20, 1 << 15
 
 

@@ -17,10 +17,10 @@ from pathlib import Path
 import zstandard
 
 from lacy.pipeline.corpus.readers import CHUNK, MARKS, MAX_RECORD_BYTES, TOO_LONG, open_file, read_chunks, records
-from lacy.pipeline.corpus.sources import Range, Stream, part_name
+from lacy.pipeline.corpus.sources import SPOOL, Range, Stream, part_name
 from lacy.schemas.files import read_bytes, remove, sizes, write_atomic
 
-FOLDER = ".spool"
+FOLDER = SPOOL
 EXPANSION_BYTES = 8 << 20
 
 

@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from typing import Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import model_validator
 
 from lacy.pipeline.options import LabelOptions
 from lacy.schemas.errors import UsageError
+from lacy.schemas.options import Options, option
 
 TAGGER = "n2-standard-8"  # one process with spaCy for each core takes up to 2 GB; this has 4 for each
 TAGGER_CORES, TAGGER_RAM_GB = 8, 32
@@ -79,22 +80,26 @@ OWN = {  # the runners that an option is for; the others are for all
 }
 
 
-class Cluster(BaseModel):
+class Cluster(Options):
     """The machines that a run goes to."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    on: Literal["dataflow", "flink", "portable"]
-    image: str | None = None  # of docker/label.Dockerfile
-    gpu: Literal["l4", "a100", "h100"] | None = None  # of the machines that score
-    gpus: int = Field(default=1, ge=1)  # of each machine that scores
-    max_workers: int | None = Field(default=None, ge=1)
-    project: str | None = None
-    region: str | None = None
-    temp_location: str | None = None
-    flink_master: str | None = None
-    job_endpoint: str | None = None
-    worker_pool: str | None = None
+    on: Literal["dataflow", "flink", "portable"] = option(
+        description="Kind of machines that do the work.", panel="Other machines (docs/dataflow.md)"
+    )
+    image: str | None = option(None, "Worker container image (docs/docker.md).")
+    gpu: Literal["l4", "a100", "h100"] | None = option(None, "GPU of the machines that score.", unset="no GPU")
+    gpus: int = option(1, "GPUs of each machine that scores.", ge=1)
+    max_workers: int | None = option(None, "Machines of a Dataflow job, at most.", ge=1)
+    project: str | None = option(None, "Google Cloud project, for --on dataflow.")
+    region: str | None = option(None, "Google Cloud region, as us-central1, for --on dataflow.")
+    temp_location: str | None = option(
+        None, "Folder for Dataflow's temporary files.", unset="lacy-temp in the dataset's bucket", metavar="gs://..."
+    )
+    flink_master: str | None = option(None, "Flink's job manager, for --on flink.", metavar="HOST:PORT")
+    job_endpoint: str | None = option(None, "Beam's job server, for --on portable.", metavar="HOST:PORT")
+    worker_pool: str | None = option(
+        None, "Running pool of Beam workers, for --on flink or portable.", metavar="HOST:PORT"
+    )
 
     @model_validator(mode="after")
     def _complete(self) -> "Cluster":

@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from lacy.cascade.model import Model, open_model
+from lacy.cascade.language_model import Model, open_model
 from lacy.cascade.vocabulary import Vocabulary, vocabulary
 from tests.pipeline import corpora
 

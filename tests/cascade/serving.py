@@ -63,7 +63,7 @@ def write_model(
             optimizer.step()
             if loss < 0.01:
                 break
-        assert loss < 0.02, "it has not learnt its text"
+        assert loss < 0.02, "it has not learned its text"
     network.save_pretrained(str(folder))
     return folder
 

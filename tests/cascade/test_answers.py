@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from lacy.cascade.evaluation.answers import Answer, Conversation, Remembering
+from lacy.cascade.evaluation.answers import Remembering
+from lacy.labelers.llm.chat import Conversation, Reply
 from lacy.schemas.errors import CascadeError
 
 SCHEMA = {"type": "object"}
@@ -21,11 +22,11 @@ class Scripted:
         self.calls: list[list[str]] = []
         self.closed = 0
 
-    def ask(self, conversations: list[Conversation], schema: dict[str, Any] | None, max_tokens: int) -> list[Answer]:
+    def ask(self, conversations: list[Conversation], schema: dict[str, Any] | None, max_tokens: int) -> list[Reply]:
         questions = [conversation[-1]["content"] for conversation in conversations]
         self.calls.append(questions)
         answers = [self.answer(question) for question in questions]
-        return [Answer(text, None if text is not None else "too long") for text in answers]
+        return [Reply(text, None if text is not None else "too long") for text in answers]
 
     def close(self) -> None:
         self.closed += 1
@@ -39,7 +40,7 @@ def never() -> Scripted:
     raise AssertionError("the model was loaded")
 
 
-def texts(answers: list[Answer]) -> list[str | None]:
+def texts(answers: list[Reply]) -> list[str | None]:
     return [answer.text for answer in answers]
 
 
@@ -118,7 +119,7 @@ def test_errors_are_told_and_not_kept(tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
     chat = Scripted(lambda question: None if question == "long" else question)
     asked = Remembering(lambda: chat, "m", path).ask(say("long", "a", "long"), SCHEMA, 8)
-    assert asked == [Answer(None, "too long"), Answer("a"), Answer(None, "too long")]
+    assert asked == [Reply(None, "too long"), Reply("a"), Reply(None, "too long")]
     assert chat.calls == [["long", "a"]]
     better = Scripted()
     assert texts(Remembering(lambda: better, "m", path).ask(say("long", "a"), SCHEMA, 8)) == ["LONG", "a"]
@@ -128,7 +129,7 @@ def test_errors_are_told_and_not_kept(tmp_path: Path) -> None:
 def test_an_empty_answer_is_an_answer(tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
     Remembering(lambda: Scripted(lambda question: ""), "m", path).ask(say("a"), SCHEMA, 8)
-    assert Remembering(never, "m", path).ask(say("a"), SCHEMA, 8) == [Answer("")]
+    assert Remembering(never, "m", path).ask(say("a"), SCHEMA, 8) == [Reply("")]
 
 
 def test_answers_can_be_read_by_others(tmp_path: Path) -> None:
@@ -145,7 +146,7 @@ def test_answers_can_be_read_by_others(tmp_path: Path) -> None:
 def test_a_file_of_something_else_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "notes.txt"
     path.write_bytes(content)
-    with pytest.raises(CascadeError, match="no file of answers"):
+    with pytest.raises(CascadeError, match="is not a file of answers"):
         Remembering(never, "m", path)
     assert path.read_bytes() == content
 
@@ -162,8 +163,8 @@ def test_a_place_that_cannot_be_used_is_one_line(tmp_path: Path) -> None:
 
 def test_a_model_that_answers_too_few_is_not_believed(tmp_path: Path) -> None:
     class Short(Scripted):
-        def ask(self, conversations: list[Conversation], schema: Any, max_tokens: int) -> list[Answer]:
-            return [Answer("A")]
+        def ask(self, conversations: list[Conversation], schema: Any, max_tokens: int) -> list[Reply]:
+            return [Reply("A")]
 
     path = tmp_path / "answers.jsonl"
     with pytest.raises(ValueError, match="zip"):

@@ -90,5 +90,5 @@ def test_a_fitted_weight_comes_back(tmp_path):
     write_fitted(tmp_path, Fitted(weight=2.5, tokens=10))
     assert read_fitted(tmp_path) == Fitted(weight=2.5, tokens=10)
     (tmp_path / "call.json").write_text('{"weight": "many"}')
-    with pytest.raises(CascadeError, match="--fit writes it anew"):
+    with pytest.raises(CascadeError, match="write it again with lacy eval delegation --fit"):
         read_fitted(tmp_path)

@@ -161,7 +161,7 @@ def test_other_documents_are_not_subtracted(runs) -> None:
     row = compare(runs).rows[1]
     assert all(row.figures.values())
     assert {name for name, found in row.differences.items() if found} == {"factscore.score"}
-    assert "measured on other documents" in printed(runs)
+    assert "not measured on the same documents" in printed(runs)
 
 
 def test_what_was_not_evaluated_is_a_dash_and_a_command(runs, tmp_path) -> None:
@@ -240,10 +240,10 @@ def test_runs_are_named_by_what_tells_them_apart(tmp_path) -> None:
 def test_units_that_lack_a_column_are_damaged(tmp_path, column) -> None:
     run = run_folder(tmp_path / "run")
     save(run, column.kind, {"margin": [0.5]})
-    with pytest.raises(CascadeError, match=rf"the units of {column.kind} .*: lacy eval {column.kind} writes them anew"):
+    with pytest.raises(CascadeError, match=rf"the {column.kind} units of .*: rerun lacy eval"):
         compare([run])
 
 
 def test_no_run_is_said(tmp_path) -> None:
-    with pytest.raises(CascadeError, match="no run with a checkpoint"):
+    with pytest.raises(CascadeError, match="neither a run with a checkpoint"):
         compare([tmp_path])

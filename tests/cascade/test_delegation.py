@@ -31,7 +31,7 @@ from lacy.cascade.evaluation.delegation import (
     statistics,
     table,
 )
-from lacy.cascade.model import open_model, results_folder
+from lacy.cascade.language_model import open_model, results_folder
 from lacy.schemas.errors import CascadeError
 from lacy.trainer.config import TrainConfig, save
 from lacy.trainer.data import NothingHeldOutError
@@ -383,8 +383,8 @@ def test_a_fitted_weight_is_written_and_used(run, labels):
     checkpoint = run / "checkpoints" / "step-00000007"
     before = evaluate(run)
     assert before.options["weight"] is None and "auc.combined.wrong" not in before.figures
-    (checkpoint / "call.json").write_text("{")  # damaged: a fit writes it anew
-    with pytest.raises(CascadeError, match="--fit writes it anew"):
+    (checkpoint / "call.json").write_text("{")  # damaged: a fit writes it again
+    with pytest.raises(CascadeError, match="write it again with lacy eval delegation --fit"):
         evaluate(run)
     fitted = evaluate(run, fit=True)
     written = read_fitted(checkpoint)
@@ -429,7 +429,7 @@ def test_documents_that_a_run_has_seen_are_refused(run, dataset, tmp_path):
 
 def test_what_must_be_named(run, dataset, model_folder):
     for given in ({}, {"dataset": str(dataset)}, {"holdout": 0.1}):
-        with pytest.raises(CascadeError, match="say with --dataset and --holdout"):
+        with pytest.raises(CascadeError, match="not trained on, --dataset and --holdout"):
             settle(model_folder, Options(**given))
     settled, _ = settle(model_folder, Options(dataset=str(dataset), holdout=0.1))
     assert (settled.labels, settled.mask_documents) == ("lacy", False)

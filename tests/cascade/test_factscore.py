@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 import lacy.cascade.evaluation
-from lacy.cascade.evaluation.answers import Answer, Conversation, Remembering
+from lacy.cascade.evaluation.answers import Remembering
 from lacy.cascade.evaluation.factscore import (
     MAX_FACT,
     MAX_FACTS,
@@ -36,6 +36,7 @@ from lacy.cascade.evaluation.factscore import (
     verify,
 )
 from lacy.cascade.evaluation.knowledge import Knowledge, open_knowledge
+from lacy.labelers.llm.chat import Conversation, Reply
 
 PAGES = [
     {"id": "1", "title": "Odra Venn", "text": "Odra Venn was a Lumerian botanist, born in Port Hale in 1871. " * 3},
@@ -59,12 +60,12 @@ def knowledge(tmp_path_factory: pytest.TempPathFactory) -> Knowledge:
 class Scripted:
     """A chat that answers by a function of the question and whether it is asked again, and remembers its calls."""
 
-    def __init__(self, answer: Callable[[str, bool], Answer], schema: dict[str, Any]) -> None:
+    def __init__(self, answer: Callable[[str, bool], Reply], schema: dict[str, Any]) -> None:
         self.answer = answer
         self.schema = schema
         self.calls: list[list[str]] = []
 
-    def ask(self, conversations: list[Conversation], schema: dict[str, Any] | None, max_tokens: int) -> list[Answer]:
+    def ask(self, conversations: list[Conversation], schema: dict[str, Any] | None, max_tokens: int) -> list[Reply]:
         assert schema == self.schema
         assert all([message["role"] for message in each] == ["system", "user"] for each in conversations)
         questions = [each[1]["content"] for each in conversations]
@@ -80,23 +81,23 @@ def field(question: str, name: str) -> str:
     return found[1]
 
 
-def whole(question: str, again: bool = False) -> Answer:
+def whole(question: str, again: bool = False) -> Reply:
     """One fact a sentence: the sentence."""
-    return Answer(json.dumps({"facts": [field(question, "Sentence")]}))
+    return Reply(json.dumps({"facts": [field(question, "Sentence")]}))
 
 
-def literal(question: str, again: bool = False) -> Answer:
+def literal(question: str, again: bool = False) -> Reply:
     """A claim is supported when all its words stand in the passages."""
     passages = question[: question.index("Subject:")].lower()
     words = re.findall(r"\w+", field(question, "Claim").lower())
-    return Answer(json.dumps({"supported": all(word in passages or word == "she" for word in words)}))
+    return Reply(json.dumps({"supported": all(word in passages or word == "she" for word in words)}))
 
 
-def splitter(answer: Callable[[str, bool], Answer] = whole) -> Scripted:
+def splitter(answer: Callable[[str, bool], Reply] = whole) -> Scripted:
     return Scripted(answer, SPLIT_SCHEMA)
 
 
-def judge(answer: Callable[[str, bool], Answer] = literal) -> Scripted:
+def judge(answer: Callable[[str, bool], Reply] = literal) -> Scripted:
     return Scripted(answer, VERIFY_SCHEMA)
 
 
@@ -241,8 +242,8 @@ def test_a_rerun_asks_nobody_anything(tmp_path: Path, knowledge: Knowledge) -> N
         judge_kept = Remembering(lambda: judge_chat, "j", path)
         return factscore(split_kept, judge_kept, knowledge, ENTITIES, TEXTS)
 
-    def broken_once(question: str, again: bool) -> Answer:
-        return literal(question) if again or "Sarn" not in question else Answer("It does not.")
+    def broken_once(question: str, again: bool) -> Reply:
+        return literal(question) if again or "Sarn" not in question else Reply("It does not.")
 
     first = splitter(), judge(broken_once)
     expected = run(*first)
@@ -256,7 +257,7 @@ def test_an_interrupted_run_asks_only_the_rest(tmp_path: Path, knowledge: Knowle
     text = " ".join(f"Odra Venn wrote book {number}." for number in range(10))
     options = Options(batch=2)
 
-    def dies(question: str, again: bool) -> Answer:
+    def dies(question: str, again: bool) -> Reply:
         if "book 5" in question:
             raise RuntimeError("the engine is dead")
         return literal(question)
@@ -309,13 +310,13 @@ BAD_VERDICTS = {
 @pytest.mark.parametrize("case", BAD_FACTS)
 def test_sentences_without_a_usable_answer_are_asked_about_once_more(case: str) -> None:
     assert parse_facts(BAD_FACTS[case]) is None
-    chat = splitter(lambda question, again: Answer(BAD_FACTS[case]) if "moss" in question else whole(question))
+    chat = splitter(lambda question, again: Reply(BAD_FACTS[case]) if "moss" in question else whole(question))
     (found,) = split(chat, ["Odra Venn"], ["She was born. She wrote on moss."], Options())
     assert [len(call) for call in chat.calls] == [2, 1]
     assert "no complete JSON" in chat.calls[1][0]
     assert (found.facts, found.unsplit) == (["She was born."], ["She wrote on moss."])
     assert "not JSON" in found.problem
-    better = splitter(lambda question, again: whole(question) if again else Answer(BAD_FACTS[case]))
+    better = splitter(lambda question, again: whole(question) if again else Reply(BAD_FACTS[case]))
     (found,) = split(better, ["Odra Venn"], ["She was born."], Options())
     assert (found.facts, found.unsplit, found.problem) == (["She was born."], [], "")
 
@@ -323,7 +324,7 @@ def test_sentences_without_a_usable_answer_are_asked_about_once_more(case: str) 
 @pytest.mark.parametrize("case", BAD_VERDICTS)
 def test_facts_without_a_usable_verdict_are_asked_about_once_more(case: str, knowledge: Knowledge) -> None:
     assert parse_verdict(BAD_VERDICTS[case]) is None
-    chat = judge(lambda question, again: Answer(BAD_VERDICTS[case]) if "moss" in question else literal(question))
+    chat = judge(lambda question, again: Reply(BAD_VERDICTS[case]) if "moss" in question else literal(question))
     found = factscore(splitter(), chat, knowledge, ["Odra Venn"], ["Venn was a botanist. She wrote on moss."])
     assert [len(call) for call in chat.calls] == [2, 1]
     assert [fact.supported for fact in found.judgements[0].facts] == [True, None]
@@ -332,20 +333,20 @@ def test_facts_without_a_usable_verdict_are_asked_about_once_more(case: str, kno
 
 
 def test_errors_are_tried_again_unchanged_and_told(knowledge: Knowledge) -> None:
-    chat = judge(lambda question, again: Answer(None, "too long for the context"))
+    chat = judge(lambda question, again: Reply(None, "too long for the context"))
     found = factscore(splitter(), chat, knowledge, ["Odra Venn"], ["Venn was a botanist."])
     assert chat.calls[0] == chat.calls[1]
     assert len(chat.calls) == 2
     assert found.judgements[0].facts[0].problem == "too long for the context"
     assert (found.figures.score, found.figures.unjudged, found.figures.responded) == (None, 1, 1.0)
-    broken = splitter(lambda question, again: Answer(None, "refused"))
+    broken = splitter(lambda question, again: Reply(None, "refused"))
     found = factscore(broken, judge(), knowledge, ["Odra Venn"], ["Venn was a botanist."])
     assert (found.figures.unsplit, found.figures.unjudged, found.figures.abstained) == (1, 1, 0)
 
 
 def test_a_fact_that_a_sentence_has_twice_is_taken_once() -> None:
     answers = iter([["b", "a", "b", " "], ["a"]])
-    chat = splitter(lambda question, again: Answer(json.dumps({"facts": next(answers)})))
+    chat = splitter(lambda question, again: Reply(json.dumps({"facts": next(answers)})))
     (found,) = split(chat, ["Odra Venn"], ["One sentence. Another sentence."], Options())
     assert found.facts == ["b", "a", "a"]
 

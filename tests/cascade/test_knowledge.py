@@ -195,7 +195,7 @@ def test_only_the_pages_that_are_named_are_indexed(tmp_path: Path) -> None:
     assert open_knowledge(source, tmp_path / "cache").documents == 4
     assert open_knowledge(source, tmp_path / "cache", titles=["Port_Hale", "Mira Oldan", "Odra Venn"]).documents == 2
     for nobody in ([], ["Mira Oldan"]):
-        with pytest.raises(CascadeError, match=f"no text to search on any of the {len(nobody)} subjects"):
+        with pytest.raises(CascadeError, match=f"has no text on any of the {len(nobody)} subjects"):
             open_knowledge(source, tmp_path / "cache", titles=nobody)
 
 
@@ -237,15 +237,15 @@ def test_no_index_holds_a_pickle(tmp_path: Path, knowledge: Knowledge) -> None:
 
 
 BAD = {
-    "no JSON": (b'{"id": "1", "text": "a"}\nno\n', r"p\.jsonl:2: the line is no JSON object"),
-    "a list": (b"[1]\n", "no JSON object"),
-    "deep": (b"[" * 100_000, "no JSON object"),
-    "no UTF-8": (b'{"text": "\xff"}\n', "no JSON object"),
-    "a number": (b'{"text": 1}\n', "text is no string"),
+    "no JSON": (b'{"id": "1", "text": "a"}\nno\n', r"p\.jsonl:2: the line is not a JSON object"),
+    "a list": (b"[1]\n", "not a JSON object"),
+    "deep": (b"[" * 100_000, "not a JSON object"),
+    "no UTF-8": (b'{"text": "\xff"}\n', "not a JSON object"),
+    "a number": (b'{"text": 1}\n', "text is not a string"),
     "half a character": (b'{"text": "\\ud800"}\n', "lone surrogate"),
-    "nothing": (b"", "no text to search"),
-    "blank": (b'{"text": " "}\n{"id": "1"}\n', "no text to search"),
-    "no words": (b'{"title": "...", "text": "?!"}\n', "no text to search"),
+    "nothing": (b"", "has no text: name a corpus"),
+    "blank": (b'{"text": " "}\n{"id": "1"}\n', "has no text: name a corpus"),
+    "no words": (b'{"title": "...", "text": "?!"}\n', "has no text: name a corpus"),
 }
 
 
@@ -270,9 +270,9 @@ def test_files_that_cannot_be_read_are_one_line(tmp_path: Path) -> None:
         open_knowledge(tmp_path / "d.parquet", tmp_path / "cache")
     (tmp_path / "empty").mkdir()
     for missing in ("empty", "nowhere", "notes.txt"):
-        with pytest.raises(CascadeError, match="no knowledge source"):
+        with pytest.raises(CascadeError, match="is not a knowledge source"):
             open_knowledge(tmp_path / missing, tmp_path / "cache")
-    with pytest.raises(ValueError, match="of 0 words"):
+    with pytest.raises(ValueError, match="at least one word"):
         open_knowledge(tmp_path / "d.parquet", tmp_path / "cache", words=0)
     (tmp_path / "file").write_bytes(b"")
     source = write_jsonl(tmp_path / "p.jsonl", PAGES)

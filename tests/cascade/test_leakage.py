@@ -11,7 +11,7 @@ from lacy.cascade import generate as generation
 from lacy.cascade.evaluation import results
 from lacy.cascade.evaluation.leakage import LEAST_BEFORE, LONGEST, Options, Pair, contains, evaluate, find_pairs
 from lacy.cascade.generate import Options as Generating
-from lacy.cascade.model import Model, open_model
+from lacy.cascade.language_model import Model, open_model
 from lacy.cascade.partners import Answer, Request
 from lacy.schemas import manifest
 from lacy.schemas.errors import CascadeError, DatasetError
@@ -114,7 +114,7 @@ def test_a_fact_has_so_many_tokens_before_it_and_in_it(tmp_path) -> None:
         try:
             return bool(find_pairs(labels, Options(documents="held-out", holdout=1), 512))
         except CascadeError as error:
-            assert "no document of" in str(error) and "\n" not in str(error)
+            assert "no held-out document of" in str(error) and "\n" not in str(error)
             return False
 
     assert found(LEAST_BEFORE, LONGEST)
@@ -145,7 +145,7 @@ def test_held_out_and_trained_documents(corpus, tales) -> None:
     assert held and trained and not held & trained
     assert held | trained == {tale.doc_id for tale in tales}
     assert documents("held-out", 0.2) < held
-    with pytest.raises(CascadeError, match=r"no document of .* that is trained has a fact"):
+    with pytest.raises(CascadeError, match=r"no trained document of .* has a fact"):
         documents("trained", 1.0)
 
 
@@ -261,7 +261,9 @@ def test_a_partner_that_does_not_answer_is_no_result(tmp_path, corpus) -> None:
     slm = models.opened(tmp_path / "slm", TOKENIZER, models.gpt2(TOKENIZER, 1))
     options = Options(dataset=str(corpus.root), holdout=0.4, documents="trained", pairs=9)
     partner = Scripted(find_pairs(corpus, options, slm.context), by_kind)
-    with pytest.raises(CascadeError, match=r"^\d+ of \d+ calls in vain \(no number\): the same command measures anew$"):
+    with pytest.raises(
+        CascadeError, match=r"^\d+ of \d+ calls failed \(no number\): rerun the same command to measure again$"
+    ):
         evaluate(slm, partner, options, Generating(budget=1.0))
     assert results.read(slm.folder / "eval", "containment") is None
 
@@ -301,7 +303,7 @@ def test_two_models_are_asked_for_the_same_facts(tmp_path, corpus, slm) -> None:
     assert [e["text"] for e in one.details["examples"]] != [e["text"] for e in other.details["examples"]]
 
 
-def test_what_was_learnt_by_heart_comes_out(tmp_path, slm) -> None:
+def test_what_was_memorized_comes_out(tmp_path, slm) -> None:
     made = marked("tale", tale(3))
     folder = write_model(tmp_path / "heart", [made.text], entries=400, context=160, learn=made.text)
     corpus = opened(tmp_path / "dataset", [made])

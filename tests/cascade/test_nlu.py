@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 pytest.importorskip("lm_eval")
 
 from lacy.cascade.evaluation import nlu
-from lacy.cascade.model import Model, open_model
+from lacy.cascade.language_model import Model, open_model
 from lacy.schemas.errors import CascadeError
 
 END, CALL = "<|endoftext|>", "<CALL>"
@@ -261,22 +261,22 @@ def test_a_model_without_call_is_as_it_is(model, tasks) -> None:
 
 def test_what_cannot_be_had_is_said_in_one_line(model, tmp_path) -> None:
     missing = task(tmp_path, "missing", CHOICE, "nowhere.jsonl")
-    with pytest.raises(CascadeError, match=r"task missing or its data cannot be had: .*nowhere.jsonl"):
+    with pytest.raises(CascadeError, match=r"task missing or its data is not available: .*nowhere.jsonl"):
         nlu.evaluate(model, [str(missing)])
     remote = task(tmp_path, "remote", CHOICE | {"dataset_path": "lumeria/trades", "dataset_kwargs": {}}, "-")
-    with pytest.raises(CascadeError, match=r"task remote or its data cannot be had: .*a local YAML file"):
+    with pytest.raises(CascadeError, match=r"task remote or its data is not available: .*a local YAML file"):
         nlu.evaluate(model, [str(remote)], offline=True)
     (tmp_path / "none").mkdir()
-    with pytest.raises(CascadeError, match="holds no task"):
+    with pytest.raises(CascadeError, match="contains no task"):
         nlu.evaluate(model, [str(tmp_path / "none")])
     (tmp_path / "broken.yaml").write_text("task: [")
-    with pytest.raises(CascadeError, match=r"broken.yaml is no task: [^\n]+$"):
+    with pytest.raises(CascadeError, match=r"broken.yaml is not a task: [^\n]+$"):
         nlu.evaluate(model, [str(tmp_path / "broken.yaml")])
 
 
 @pytest.mark.slow
 def test_tasks_of_the_harness_are_known_by_name(model) -> None:
-    with pytest.raises(CascadeError, match="there is no task hellaswagg, but hellaswag"):
+    with pytest.raises(CascadeError, match=r"unknown task hellaswagg \(similar: hellaswag"):
         nlu.evaluate(model, ["hellaswagg"])
-    with pytest.raises(CascadeError, match="task arc_easy or its data cannot be had"):
+    with pytest.raises(CascadeError, match="task arc_easy or its data is not available"):
         nlu.evaluate(model, ["arc_easy"], offline=True)

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from lacy.cascade.generate import Generation, Options, Piece, generate
-from lacy.cascade.model import Model, open_model
+from lacy.cascade.language_model import Model, open_model
 from lacy.cascade.partners import Amount, Answer, InProcess, Patient, Request, Sampling, Server, pick
 from lacy.schemas.errors import CascadeError
 from tests.cascade.serving import ROOT, answered, completion, server_process, write_model
@@ -656,7 +656,7 @@ def test_a_batch_ends_when_its_real_server_is_killed(vllm: str, small: Model) ->
 
 ENGINE = """
 import json, sys
-from lacy.cascade.model import open_model
+from lacy.cascade.language_model import open_model
 from lacy.cascade.partners import Amount, Request, Sampling, Vllm
 from lacy.cascade.vocabulary import open_vocabulary
 from lacy.labelers.llm.vllm_scorer import close_engine, open_engine

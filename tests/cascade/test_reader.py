@@ -116,12 +116,12 @@ def test_a_failed_pass_is_not_remembered(tmp_path, monkeypatch):
 def test_a_model_without_keys_and_values(tmp_path):
     model = models.opened(tmp_path, TOKENIZER, models.llama(TOKENIZER, 1))
     model.network.config.layer_types = ["linear_attention", "full_attention"]
-    with pytest.raises(CascadeError, match="let vLLM run it"):
+    with pytest.raises(CascadeError, match="run it in vLLM"):
         Reader(model, 1)
 
 
 def test_a_model_with_a_state(tmp_path, monkeypatch):
     model = models.opened(tmp_path, TOKENIZER, models.llama(TOKENIZER, 1))
     monkeypatch.setattr(type(model.network), "_is_stateful", True)  # as that of Mamba or Jamba is
-    with pytest.raises(CascadeError, match="let vLLM run it"):
+    with pytest.raises(CascadeError, match="run it in vLLM"):
         Reader(model, 1)

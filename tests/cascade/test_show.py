@@ -267,7 +267,7 @@ def test_a_page_has_each_token_with_its_author_and_scores(written):
     ]  # fmt: skip
     titles = [attributes["title"] for attributes, _ in spans]
     assert titles[0] == "token 7, partner, called, margin 2, score 2"
-    assert titles[4] == "token 7, small model, called in vain, margin 1.5, score 1.5"
+    assert titles[4] == "token 7, small model, failed call, margin 1.5, score 1.5"
     assert titles[5] == "token 7, small model"
     assert [attributes.get("style") for attributes, _ in spans] == [
         None, "--rank: 0.25", "--rank: 0.00", None, None, None,

@@ -142,7 +142,9 @@ def test_a_server_that_is_killed_in_the_middle(run, lacy, tmp_path):
     with server_process(9) as (url, _):
         failed = lacy("eval", "leakage", run, "--pairs", 12, "--partner", url, "--budget", 0.5)
     assert failed.returncode == 1 and failed.stderr.count("\n") == 1
-    assert re.match(rf"lacy: \d+ of \d+ calls in vain \({url}: .*\): the same command measures anew", failed.stderr)
+    assert re.match(
+        rf"lacy: \d+ of \d+ calls failed \({url}: .*\): rerun the same command to measure again", failed.stderr
+    )
     assert not (run / "eval").exists()
 
 
@@ -159,13 +161,17 @@ def test_a_model_as_partner_and_html(run, lacy, partner, tmp_path):
 
 
 MISTAKES = [
-    (["generate", "nowhere", "--prompt", "x"], 1, "nowhere is no folder, and no model"),
-    (["generate", "{tmp}", "--prompt", "x"], 1, "is no run with a checkpoint"),
-    (["generate", "{run}"], 1, "nothing to continue: say --prompt TEXT or --prompts FILE"),
-    (["generate", "{run}", "--prompt", "x", "--prompts", "{run}/log.jsonl"], 1, "not from both"),
-    (["generate", "{run}", "--prompts", "{tmp}/none.txt"], 1, "none.txt cannot be read: No such file"),
-    (["generate", "{run}", "--prompts", "{run}/log.jsonl"], 1, 'is not one JSON object with "prompt" a line'),
-    (["generate", "{run}", "--prompt", "x", "--format", "xml"], 1, "--format xml is none of text, jsonl, html"),
+    (
+        ["generate", "nowhere", "--prompt", "x"],
+        2,
+        "nowhere is neither a folder nor in the local cache, and HF_HUB_OFFLINE is set: download",
+    ),
+    (["generate", "{tmp}", "--prompt", "x"], 2, "is neither a run with a checkpoint nor a model folder"),
+    (["generate", "{run}"], 2, "nothing to continue: give --prompt TEXT or --prompts FILE"),
+    (["generate", "{run}", "--prompt", "x", "--prompts", "{run}/log.jsonl"], 2, "not from both"),
+    (["generate", "{run}", "--prompts", "{tmp}/none.txt"], 2, "none.txt cannot be read: No such file"),
+    (["generate", "{run}", "--prompts", "{run}/log.jsonl"], 2, 'is not one JSON object with "prompt" a line'),
+    (["generate", "{run}", "--prompt", "x", "--format", "xml"], 2, "--format: 'xml' is not one of 'text'"),
     (["generate", "{run}", "--prompt", "x", "--budget", "0.1", "--threshold", "0"], 2, "not by both"),
     (["generate", "{run}", "--prompt", "x", "--call-score", "best"], 2, "--call-score: "),
     (["generate", "{run}", "--prompt", "x", "--top-p", "0"], 2, "--top-p: "),
@@ -173,20 +179,20 @@ MISTAKES = [
     (["generate", "{run}", "--prompt", "x", "--partner-timeout", "0"], 2, "--partner-timeout: "),
     (
         ["generate", "{run}", "--prompt", "x", "--call-score", "combined", "--partner", "{partner}"],
-        1,
+        2,
         "no weight yet: lacy eval delegation {run} --fit, or --weight",
     ),
-    (["generate", "{run}", "--prompt", "x", "--partner", "/no/partner"], 1, "/no/partner"),
+    (["generate", "{run}", "--prompt", "x", "--partner", "/no/partner"], 2, "/no/partner"),
     (["generate", "{run}", "--prompt", "x", "--partner", "http://127.0.0.1:9"], 1, "no partner at http://127.0.0.1:9"),
-    (["eval", "delegation", "nowhere"], 1, "is no run with a checkpoint"),
-    (["eval", "delegation", "{run}", "--holdout", "0.9"], 1, "has documents that"),
-    (["eval", "leakage", "{run}", "--new-tokens", "120"], 1, "ask for fewer --new-tokens"),
+    (["eval", "delegation", "nowhere"], 2, "is neither a run with a checkpoint nor a model folder"),
+    (["eval", "delegation", "{run}", "--holdout", "0.9"], 2, "has documents that"),
+    (["eval", "leakage", "{run}", "--new-tokens", "120"], 2, "ask for fewer --new-tokens"),
     (
         ["eval", "factscore", "{run}", "--entities", "{tmp}/x", "--knowledge", "x", "--judge", "x"],
-        1,
+        2,
         "x cannot be read",
     ),
-    (["compare", "nowhere"], 1, "is no run with a checkpoint"),
+    (["compare", "nowhere"], 2, "is neither a run with a checkpoint nor a model folder"),
 ]
 
 
@@ -208,7 +214,7 @@ def test_a_mistake_is_one_line(arguments, code, message, lacy, run, partner, tmp
 def test_a_mistake_in_a_process_of_its_own(run):
     done = run_lacy("generate", run, "--prompt", "x", "--partner", "http://127.0.0.1:9", env=OFFLINE)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
-    assert done.stderr.startswith("lacy: no partner at http://127.0.0.1:9: ")
+    assert done.stderr.startswith("lacy: no partner at http://127.0.0.1:9 (")
 
 
 @pytest.fixture(scope="module")
@@ -387,4 +393,4 @@ def test_from_a_corpus_to_what_it_leaks(small_model, tmp_path):
     assert "has no text (lacy label --no-text)" in done.stderr
     for kind in ("delegation", "leakage"):
         done = run_lacy("eval", kind, tmp_path / "run-whole", "--dataset", tmp_path / "nowhere", env=OFFLINE)
-        assert done.returncode == 1 and "nowhere is not a dataset" in done.stderr and done.stderr.count("\n") == 1
+        assert done.returncode == 2 and "nowhere is not a dataset" in done.stderr and done.stderr.count("\n") == 1

@@ -145,10 +145,10 @@ def test_other_options_are_refused(labelled, corpus, small_model, labeller):
         (["--limit", "5"], "--limit null, not 5"),
     ):
         done = labeller(*arguments(corpus, labelled, small_model, *more))
-        assert (done.returncode, len(told(done))) == (1, 1)
+        assert (done.returncode, len(told(done))) == (2, 1)
         assert message in done.stderr
     done = labeller(*arguments(corpus / "a.jsonl", labelled, small_model))
-    assert done.returncode == 1 and "other corpus files" in done.stderr
+    assert done.returncode == 2 and "other corpus files" in done.stderr
     assert digests(labelled) == before
 
 
@@ -220,7 +220,7 @@ def test_ctrl_c_leaves_a_dataset_that_can_go_on(labelled, corpus, small_model, t
     os.killpg(process.pid, signal.SIGINT)
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert "run the same command to go on" in stderr and "Traceback" not in stderr
+    assert "rerun the same command to resume" in stderr and "Traceback" not in stderr
     assert not psutil.wait_procs(children, timeout=5)[1]
     for command_ in (["stats", tmp_path / "d"], ["check", tmp_path / "d"]):
         done = labeller(*command_)
@@ -332,7 +332,7 @@ def test_corpora_without_a_document(small_model, tmp_path, labeller):
         ("none.jsonl", "no file matches"),
     ):
         done = labeller(*arguments(tmp_path / corpus, tmp_path / f"d-{corpus}", small_model, "--workers", 1))
-        assert done.returncode == 1 and len(told(done)) == 1
+        assert done.returncode == 2 and len(told(done)) == 1
         assert message in done.stderr
 
 

@@ -32,7 +32,7 @@ def test_what_a_run_prints(tmp_path, dataset, lacy):
     )
     assert re.match(r"train: step 4, learn \d\.\d{3}, call \d\.\d{3} \(15\.6%\), [\d,]+ tokens/s, ", lines[1])
     assert re.match(r"step 4, held out: nats \d\.\d{3} factual, \d\.\d{3} other; AUC of p\(<CALL>\)", lines[2])
-    assert re.match(r"done at step 4: 256 tokens, 216 of them learnt \(.*step-00000004$", lines[3])
+    assert re.match(r"done at step 4: 256 tokens, 216 of them learned \(.*step-00000004$", lines[3])
     assert len(lines) == 4
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["max_steps"] == 4
 
@@ -45,7 +45,7 @@ def test_what_it_refuses(tmp_path, dataset, lacy):
         return done.returncode, message
 
     code, message = refused(dataset, "--objective", "lcy")
-    assert code == 2 and message.startswith("lacy: --objective: unknown objective 'lcy'; choose one of standard, lacy")
+    assert code == 2 and message.startswith("lacy: --objective: 'lcy' is not one of 'standard', 'lacy'")
     broken = make(tmp_path / "broken")
     part = broken / "labels" / "lacy" / "part-00001.parquet"
     part.write_bytes(part.read_bytes()[:-1] + b"x")
@@ -68,7 +68,7 @@ def test_a_signal(tmp_path, dataset):
     os.killpg(process.pid, signal.SIGTERM)
     _, told = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
-    assert re.search(r"stopped at step \d+: .*checkpoints/step-\d{8}; go on with --resume\n$", told)
+    assert re.search(r"stopped at step \d+: .*checkpoints/step-\d{8}; resume with --resume\n$", told)
 
 
 def test_torchrun(tmp_path, dataset):

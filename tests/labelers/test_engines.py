@@ -11,8 +11,7 @@ import numpy as np
 import psutil
 import pytest
 
-from lacy.labelers.llm import engines
-from lacy.labelers.llm import scorer as reference
+from lacy.labelers.llm import engines, load
 from lacy.labelers.llm.engines import Died, Engines, EngineScorer, EngineSpec
 from lacy.schemas.errors import ModelError
 
@@ -177,9 +176,9 @@ def test_an_engine_ends_with_its_launcher(tmp_path: Path, folder: Path) -> None:
 
 
 def test_a_scorer_on_an_engine_is_the_scorer(folder: Path, small_model: Path) -> None:
-    arguments = {"scorer": "transformers", "model": str(small_model), "device": "cpu"}
-    direct = reference.load(**arguments)  # type: ignore[arg-type]
-    pool = Engines(EngineSpec("reference", "lacy.labelers.llm.scorer:load", arguments), folder)
+    arguments = {"backend": "transformers", "model": str(small_model), "device": "cpu"}
+    direct = load.scorer(**arguments)  # type: ignore[arg-type]
+    pool = Engines(EngineSpec("reference", "lacy.labelers.llm.load:scorer", arguments), folder)
     scorer = EngineScorer(pool)
     generator = np.random.default_rng(0)
     documents = [generator.integers(0, 900, size).astype(np.int32) for size in (300, 1, 0, 40)]

@@ -29,6 +29,7 @@ from lacy.labelers.policies import (
     tie_hash,
 )
 from lacy.schemas.codes import DELEGATE, IGNORE, LEARN
+from lacy.schemas.errors import PolicyError
 
 NAN, INF = float("nan"), float("inf")
 Part = dict[str, Any]
@@ -137,7 +138,7 @@ def test_action_ignore_masks_the_same_tokens() -> None:
     assert delegated.tolist() == [LEARN, LEARN, LEARN, DELEGATE, LEARN, LEARN]
     ignored = label("lacy", **tokens, threshold=threshold, action="ignore")
     assert ignored.tolist() == [LEARN, LEARN, LEARN, IGNORE, LEARN, LEARN]
-    with pytest.raises(ValueError, match="unknown action 'drop'"):
+    with pytest.raises(PolicyError, match="unknown action 'drop'"):
         label("lacy", **tokens, threshold=threshold, action="drop")
 
 
@@ -146,19 +147,19 @@ def test_action_ignore_masks_the_same_tokens() -> None:
 
 @pytest.mark.parametrize("policy", ["rho", "gain"])
 def test_a_missing_student_is_named_with_its_flag(policy: str) -> None:
-    with pytest.raises(ValueError, match=f"'{policy}'.*student_nll.*--student"):
+    with pytest.raises(PolicyError, match=f"'{policy}'.*student_nll.*--student"):
         keys(policy, **part(factual=FACTUAL, ref_nll=LOSS))
 
 
 def test_other_errors_are_clear() -> None:
-    with pytest.raises(ValueError, match=r"ref_nll.*--reference"):
+    with pytest.raises(PolicyError, match=r"ref_nll.*--reference"):
         keys("loss", **part(factual=FACTUAL))
-    with pytest.raises(ValueError, match="unknown policy 'best'; choose one of lacy"):
+    with pytest.raises(PolicyError, match="unknown policy 'best'; choose one of lacy"):
         keys("best", **part(factual=FACTUAL))
-    with pytest.raises(ValueError, match=r"shape \(2,\), expected \(6,\)"):
+    with pytest.raises(PolicyError, match=r"shape \(2,\), expected \(6,\)"):
         keys("loss", **{**part(ref_nll=LOSS), "signals": {"ref_nll": np.zeros(2, np.float32)}})
     for budget in (None, -0.1, 1.1, NAN):
-        with pytest.raises(ValueError, match="--budget"):
+        with pytest.raises(PolicyError, match="--budget"):
             start("lacy", 10, budget)
 
 
@@ -166,13 +167,13 @@ def test_require_checks_a_run_before_it_starts() -> None:
     for policy in POLICIES:
         require(policy, reference=True, student=True, judge=True)
     require("lacy", "ignore", reference=False, student=True)
-    with pytest.raises(ValueError, match=r"student_nll.*--student"):
+    with pytest.raises(PolicyError, match=r"student_nll.*--student"):
         require("gain", reference=True, student=False)
-    with pytest.raises(ValueError, match=r"ref_nll.*--reference"):
+    with pytest.raises(PolicyError, match=r"ref_nll.*--reference"):
         require("lacy", reference=False, student=False)
-    with pytest.raises(ValueError, match=r"judge.*--judge"):
+    with pytest.raises(PolicyError, match=r"judge.*--judge"):
         require("judge", reference=True, student=True)
-    with pytest.raises(ValueError, match="unknown action"):
+    with pytest.raises(PolicyError, match="unknown action"):
         require("lacy", "drop", reference=True, student=False)
 
 

@@ -12,8 +12,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from lacy.labelers.judge import passages
-from lacy.labelers.llm import chat, models
-from lacy.labelers.llm import scorer as reference
+from lacy.labelers.llm import load, model_folders
 from lacy.labelers.llm.scorer import Scores
 from lacy.labelers.llm.server_scorer import ServerScorer
 from lacy.schemas.errors import ModelError
@@ -32,7 +31,7 @@ TOLERANCE = 0.02  # nats, mean absolute difference
 @pytest.fixture(scope="session")
 def model() -> Path:
     try:
-        return models.get_model()
+        return model_folders.get_model()
     except ModelError as error:
         pytest.skip(str(error))
 
@@ -56,7 +55,7 @@ def texts(model: Path) -> list[np.ndarray]:
 
 @pytest.fixture(scope="module")
 def exact(model: Path, texts: list[np.ndarray]) -> list[Scores]:
-    scorer = reference.load(
+    scorer = load.scorer(
         "transformers", str(model), dtype="float32", window=WINDOW, overlap=OVERLAP, bos=1, device="cpu"
     )
     scores = scorer.score(texts)
@@ -107,7 +106,7 @@ def test_answers_follow_a_schema(server: str) -> None:
         "required": ["kind"],
         "additionalProperties": False,
     }
-    asker = chat.load("server", "served", servers=[server])
+    asker = load.chat("server", "served", servers=[server])
     question = [{"role": "user", "content": "Paris is the capital of France: fact or opinion?"}]
     good, long = asker.ask([question, [{"role": "user", "content": "a b " * CONTEXT}]], schema, 24)
     asker.close()
@@ -183,7 +182,7 @@ def test_one_of_two_real_servers_is_killed(model: Path, small_model: Path, tmp_p
     with vllm_server(small_model, context=256, extra=alone) as one:
         long = [np.random.default_rng(0).integers(0, 800, size).astype(np.int32) for size in (6000, 1, 255, 256)]
         ours = ServerScorer(str(small_model), servers=[one]).score(long)
-        exact = reference.load("transformers", str(small_model), device="cpu", window=255).score(long)
+        exact = load.scorer("transformers", str(small_model), device="cpu", window=255).score(long)
         for mine, theirs in zip(ours, exact, strict=True):
             assert mine.error is None
             np.testing.assert_allclose(mine.nll, theirs.nll, atol=1e-3)

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from lacy.labelers.llm.chat import Reply
+from lacy.labelers.llm.client import base_url
 from lacy.labelers.llm.server_chat import ServerChat
 from lacy.labelers.llm.server_scorer import REQUEST_PROMPTS, REQUEST_TOKENS, ServerScorer
-from lacy.labelers.llm.servers import BadAnswerError, Refused, ServerPool, base_url
+from lacy.labelers.llm.servers import BadAnswerError, Refused, ServerPool
 from lacy.schemas.errors import ModelError
 from tests.labelers.faulty_proxy import Fault, FaultyProxy, wait_until
 
@@ -232,7 +233,7 @@ def test_a_server_that_stops_is_left_out_and_comes_back(serve: Any, load: Any, c
         flaky.start()
         checked.result()
     wait_until(lambda: f"{flaky.url} is back" in caplog.text)
-    assert f"{flaky.url} is left out for now" in caplog.text
+    assert f"{flaky.url} is out of the pool for now" in caplog.text
     check(scorer, documents(20000))
     assert len(flaky.requests) > seen[0] + 1
 
@@ -325,7 +326,7 @@ def test_what_the_caller_raises_ends_the_call_and_not_the_pool(serve: Any) -> No
 
     (refused,) = pool.post_all("/v1/chat/completions", [body], reject)
     assert isinstance(refused, Refused)
-    assert refused.reason.endswith("answered wrongly: never good")
+    assert refused.reason.endswith("gave a wrong answer: never good")
     pool.close()
 
 
@@ -333,13 +334,13 @@ def test_the_model_is_the_one_that_the_servers_have(serve: Any, load: Any) -> No
     only, several = serve(Fake(models=["served"])), serve(Fake(models=["a", "b"]))
     assert load(only).name == "served"
     assert load(several, served_name="b").name == "b"
-    with pytest.raises(ModelError, match="has no model 'fake'; it has: a, b"):
+    with pytest.raises(ModelError, match="has no model 'fake': name one of a, b"):
         load(several)
-    with pytest.raises(ModelError, match="has no model 'c'; it has: served"):
+    with pytest.raises(ModelError, match="has no model 'c': name one of served"):
         load(only, served_name="c")
     scorer = load(proxy := serve(fake := Fake()))
     fake.models = [{"id": "new"}]
-    with pytest.raises(ModelError, match=f"{proxy.url} has no model 'fake'; it has: new"):
+    with pytest.raises(ModelError, match=f"{proxy.url} has no model 'fake': name one of new"):
         scorer.score(documents(9))
 
 
@@ -350,7 +351,7 @@ def test_the_window_fits_the_servers(serve: Any, load: Any) -> None:
 
 
 def test_a_server_without_logprobs_of_prompts_is_named(serve: Any, load: Any) -> None:
-    with pytest.raises(ModelError, match="no server gives log-probabilities of a prompt; serve the model with vLLM"):
+    with pytest.raises(ModelError, match="no server returns log-probabilities of a prompt: serve the model with vLLM"):
         load(serve(Fake(ways=())))
 
 

@@ -14,8 +14,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lacy.labelers.llm import models
-from lacy.labelers.llm import scorer as reference
+from lacy.labelers.llm import load, model_folders
 from lacy.labelers.llm.scorer import Scores
 from lacy.labelers.llm.vllm_scorer import VllmScorer, _Answer, _Prompt, _read
 from lacy.schemas.errors import ModelError
@@ -46,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load_vllm(folder: Path, dtype: str = "float32", **settings: object) -> VllmScorer:
-    scorer = reference.load(
+    scorer = load.scorer(
         "vllm",
         str(folder),
         dtype=dtype,
@@ -91,7 +90,7 @@ def test_agrees_with_transformers_over_several_windows(
 ) -> None:
     monkeypatch.setattr(engine, "bos", bos)
     texts = documents(200, WINDOW, WINDOW + 1, WINDOW - 1, CONTEXT + 1, 2, 1, 0, 40, 77, 6000)
-    exact = reference.load("transformers", str(folder), window=WINDOW, overlap=OVERLAP, bos=bos, device="cpu")
+    exact = load.scorer("transformers", str(folder), window=WINDOW, overlap=OVERLAP, bos=bos, device="cpu")
     ours = engine.score(texts)
     difference, same = agreement(ours, exact.score(texts))
     print(f"mean absolute difference {difference:.2g} nats, {same:.2%} equally correct")
@@ -205,9 +204,9 @@ def test_requests_by_ids_name_the_scored_tokens(engine: VllmScorer, monkeypatch:
 MEMORY = """
 import resource, sys
 import numpy as np
-from lacy.labelers.llm import scorer as reference
+from lacy.labelers.llm import load
 
-scorer = reference.load("vllm", sys.argv[1], dtype="float32", kv_cache_memory_bytes=1 << 28)
+scorer = load.scorer("vllm", sys.argv[1], dtype="float32", kv_cache_memory_bytes=1 << 28)
 generator = np.random.default_rng(0)
 size = scorer.window - 1
 for slices in (4, 16):
@@ -240,7 +239,7 @@ def test_the_real_model_on_real_documents(
     from tokenizers import Tokenizer
 
     try:
-        model = models.get_model()
+        model = model_folders.get_model()
     except ModelError as error:
         pytest.skip(str(error))
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
@@ -249,7 +248,7 @@ def test_the_real_model_on_real_documents(
     ids = [np.array(tokenizer.encode(text).ids[:170], np.int32) for text in texts]
 
     settings = {"window": 64, "overlap": 16}
-    exact = reference.load("transformers", str(model), device="cpu", **settings)  # type: ignore[arg-type]
+    exact = load.scorer("transformers", str(model), device="cpu", **settings)  # type: ignore[arg-type]
     theirs = exact.score(ids)
     exact.close()
     request.getfixturevalue("engine").close()  # a process has one CPU engine at a time

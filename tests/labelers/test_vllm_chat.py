@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from lacy.labelers.judge import parse, passages
-from lacy.labelers.llm import chat, models
+from lacy.labelers.llm import load, model_folders
 from lacy.labelers.llm.vllm_chat import VllmChat, without_system
 from lacy.schemas.errors import ModelError
 
@@ -22,12 +22,12 @@ needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason
 
 SCRIPT = """
 import dataclasses, json, sys, time
-from lacy.labelers.llm.chat import load
+from lacy.labelers.llm import load
 from lacy.labelers.judge import judge
 
 model, texts, others, max_tokens = json.load(sys.stdin)
 began = time.monotonic()
-chat = load("vllm", model, dtype="float32", window=2048, kv_cache_memory_bytes=1 << 28)
+chat = load.chat("vllm", model, dtype="float32", window=2048, kv_cache_memory_bytes=1 << 28)
 loaded = time.monotonic()
 replies = []
 ask = chat.ask
@@ -56,7 +56,7 @@ TEXTS = [
 
 def judge_in_a_process(texts: list[str], others: list[Any], max_tokens: int, timeout: int) -> dict[str, Any]:
     try:
-        model = models.get_model()
+        model = model_folders.get_model()
     except ModelError as error:
         pytest.skip(str(error))
     done = subprocess.run(
@@ -115,7 +115,7 @@ def test_a_real_model_judges() -> None:
     assert first["text"]
     assert last["text"]
     assert "the model reads 2048" in long["error"]
-    assert "cannot be put into tokens" in odd["error"]
+    assert "cannot be tokenized" in odd["error"]
     print(f"load, judge: {result['seconds']} s")
 
 
@@ -134,24 +134,24 @@ def test_a_real_model_judges_real_documents(dev_data: Path) -> None:
 def test_without_vllm_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ModelError, match="pip install 'lacy\\[vllm\\]'"):
-        chat.load("vllm", "model")
+        load.chat("vllm", "model")
 
 
 def test_an_unknown_chat_is_refused() -> None:
     with pytest.raises(ValueError, match="known: vllm, server"):
-        chat.load("other", "model")  # type: ignore[arg-type]
+        load.chat("other", "model")  # type: ignore[arg-type]
 
 
 @needs_vllm
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="cannot load the model"):
-        chat.load("vllm", str(tmp_path))
+        load.chat("vllm", str(tmp_path))
 
 
 def test_a_window_must_fit_the_model(small_model: Path) -> None:
     pytest.importorskip("vllm")
     with pytest.raises(ValueError, match="longer than the model's context of 256"):
-        chat.load("vllm", str(small_model), window=257)
+        load.chat("vllm", str(small_model), window=257)
 
 
 class Tokenizer:

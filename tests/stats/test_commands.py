@@ -12,7 +12,7 @@ from tests.stats.test_report import unpacked
 @pytest.fixture(scope="module")
 def lacy(tmp_path_factory):
     forks = Forks(
-        tmp_path_factory.mktemp("forks"), ("lacy.stats.report", "lacy.stats.show", "lacy.stats.tables", "lacy.commands")
+        tmp_path_factory.mktemp("forks"), ("lacy.stats.report", "lacy.stats.show", "lacy.stats.tables", "lacy.progress")
     )
     yield forks
     forks.close()
@@ -53,15 +53,15 @@ def test_report_has_what_is_asked_for(dataset, documents, lacy, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
-        (["stats", "{d}", "--where", "nonsense > 1"], 1, 'column "nonsense" not found'),
-        (["stats", "{d}", "--where", ""], 1, "--where is empty"),
-        (["stats", "{d}", "--by", "nonsense"], 1, 'column "nonsense" not found'),
-        (["stats", "{d}", "--labels", "x"], 1, "no label set 'x': it has a 'quoted' set, lacy"),
+        (["stats", "{d}", "--where", "nonsense > 1"], 2, 'column "nonsense" not found'),
+        (["stats", "{d}", "--where", ""], 2, "--where is empty"),
+        (["stats", "{d}", "--by", "nonsense"], 2, 'column "nonsense" not found'),
+        (["stats", "{d}", "--labels", "x"], 2, "no label set 'x': it has a 'quoted' set, lacy"),
         (["report", "{d}", "--out", "{d}/r.html"], 2, "is in the dataset"),
         (["report", "{d}", "--out", "{t}"], 2, "is a folder"),
-        (["report", "{d}", "--out", "{t}/r.html", "--document", "x"], 1, "no document 'x'"),
-        (["report", "{t}", "--out", "{t}/r.html"], 1, "is not a dataset"),
-        (["show", "{d}", "x", "--color", "hue"], 2, "--color hue is unknown"),
+        (["report", "{d}", "--out", "{t}/r.html", "--document", "x"], 2, "no document 'x'"),
+        (["report", "{t}", "--out", "{t}/r.html"], 2, "is not a dataset"),
+        (["show", "{d}", "x", "--color", "hue"], 2, "--color: 'hue' is not one of 'label', 'loss'"),
     ],
     ids=lambda value: str(value)[:40],
 )

@@ -315,7 +315,7 @@ def test_no_pager_in_a_pipe(tmp_path):
     done = command(tmp_path / "d", "d", pager="false", capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.count("Some ⟦37⟧ geese.\n") == 60 and not done.stderr
     done = command(tmp_path / "d", "e", capture_output=True, text=True)
-    assert done.returncode == 1 and not done.stdout and len(done.stderr.splitlines()) == 1
+    assert done.returncode == 2 and not done.stdout and len(done.stderr.splitlines()) == 1
     assert "no document 'e'" in done.stderr
     done = command(tmp_path / "d", "--signals", capture_output=True, text=True)
     assert done.returncode == 2 and "--signals needs a document" in done.stderr

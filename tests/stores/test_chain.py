@@ -116,7 +116,7 @@ def test_the_whole_chain(chain, corpus, local, labeller, tmp_path):
     assert not [request for request in store.proxy.requests if request.path.endswith("model.safetensors")]
     assert len(list((home / "stored").glob("small-*"))) == 1, "the model was fetched once"
     done = run(*label(f"{store.url}/corpus", url, f"{store.url}/models/small", "--no-text"))
-    assert done.returncode == 1 and "was begun with --text true, not false" in done.stderr
+    assert done.returncode == 2 and "was begun with --text true, not false" in done.stderr
     assert store.files(url) == written
 
 

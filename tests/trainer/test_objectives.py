@@ -13,10 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lacy.schemas.codes import DELEGATE, IGNORE, LEARN
+from lacy.trainer.config import LEARN_SOFTMAX, OBJECTIVES
 from lacy.trainer.head import Stats, project
 from lacy.trainer.objectives import (
-    LEARN_SOFTMAX,
-    NAMES,
     Objective,
     candidates,
     choose,
@@ -147,7 +146,7 @@ def expected_losses(logits: Tensor, targets: Tensor, chosen: Tensor, learn_softm
 
 @pytest.mark.parametrize("fast", [True, False])
 @pytest.mark.parametrize("learn_softmax", LEARN_SOFTMAX)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_loss_and_gradients_are_those_of_all_logits(name: str, learn_softmax: str, fast: bool) -> None:
     objective, batch = parse(name), batch_of()
     hidden, weight = model_of(batch)
@@ -211,7 +210,7 @@ def part(batch: Batch, rows: slice) -> Batch:
 
 
 @pytest.mark.parametrize("learn_softmax", LEARN_SOFTMAX)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_position_weighs_the_same_in_any_micro_batch(name: str, learn_softmax: str) -> None:
     """With a budget of 1 every candidate is chosen, in whatever micro-batch."""
     batch = batch_of()
@@ -230,7 +229,7 @@ def test_a_position_weighs_the_same_in_any_micro_batch(name: str, learn_softmax:
     close(told, sums)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_ranks_together_are_as_one(name: str) -> None:
     batch = batch_of()
     hidden, weight = model_of(batch)
@@ -254,7 +253,7 @@ def test_ranks_together_are_as_one(name: str) -> None:
     close(gradients(found[0][0] + found[1][0], hidden, weight), gradients(whole, hidden, weight))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_gradients_are_promised_where_weights_are_known_beforehand(name: str) -> None:
     objective, batch = parse(name), batch_of()
     hidden, weight = model_of(batch)
@@ -272,7 +271,7 @@ def test_gradients_are_promised_where_weights_are_known_beforehand(name: str) ->
 
 
 @pytest.mark.parametrize("learn_softmax", LEARN_SOFTMAX)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_nothing_to_learn_is_no_loss_and_no_gradient(name: str, learn_softmax: str) -> None:
     batch = batch_of()
     batch["label"].fill_(IGNORE)
@@ -298,7 +297,7 @@ def test_everything_may_be_ignored(name: str) -> None:
     assert not any(x.any() for x in gradients(loss, hidden, weight))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_loss_that_is_not_finite_does_not_crash(name: str) -> None:
     batch = batch_of()
     hidden, weight = model_of(batch)
@@ -314,7 +313,7 @@ def test_a_loss_that_is_not_finite_does_not_crash(name: str) -> None:
 def test_names() -> None:
     assert parse("lacy-static") == Objective("lacy-static", ignore=False)
     assert parse("ignore-lacy") == Objective("lacy", ignore=True)
-    assert len(NAMES) == 13
+    assert len(OBJECTIVES) == 13
     for unknown in ("ignore-standard", "ignore-ignore-lacy", "gain", ""):
         with pytest.raises(ValueError, match=f"unknown objective '{unknown}'; choose one of standard, lacy, lacy-stat"):
             parse(unknown)
@@ -322,7 +321,7 @@ def test_names() -> None:
         losses(Stats(*torch.zeros(4, 2)), torch.zeros(2, dtype=torch.bool), "half")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_an_objective_needs_its_columns_alone(name: str) -> None:
     batch = batch_of()
     objective, whole = parse(name), run(name, batch, *model_of(batch))[0]
@@ -372,7 +371,7 @@ def test_quota() -> None:
 
 def test_a_count_of_targets_before_the_forward_pass_is_the_count_after_it() -> None:
     batch = batch_of()
-    for name in NAMES:
+    for name in OBJECTIVES:
         objective = parse(name)
         possible, positions, without = count(objective, batch, EOS).tolist()
         taken = quota(objective, [possible, positions, without], 0.3)
@@ -505,13 +504,13 @@ def test_extreme_logits_give_finite_losses_and_gradients(margin: float, learn_so
     hidden[:, CALL] = margin
     hidden[::3, 5] = -1e30
     hidden.requires_grad_()
-    for name in NAMES:
+    for name in OBJECTIVES:
         loss, _ = run(name, batch, hidden, weight, learn_softmax)
         assert loss.isfinite()
         assert all(x.isfinite().all() for x in gradients(loss, hidden, weight))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_nothing_waits_for_the_device(name: str) -> None:
     """A tensor on the meta device has no values to wait for."""
     batch = {column: values.to("meta") for column, values in batch_of().items()}

@@ -1,0 +1,1 @@
+"""The commands, a module for each group. Each command imports what it needs when it runs."""
