@@ -169,7 +169,7 @@ class Saver:
             good = newest(self._out)
             last = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
             self._failure = TrainingError(
-                f"cannot save {target}: {reason}; {last}: free some space, then resume with --resume"
+                f"cannot save {target}: {reason}; {last}: make room, then resume with --resume"
             )
 
     def _write(self, temporary: Path, snapshot: Snapshot) -> None:

@@ -55,7 +55,9 @@ def join(config: TrainConfig) -> Ranks:
     count, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     has_gpu = torch.cuda.is_available()
     if config.device == "cuda" and not has_gpu:
-        raise TrainingError("--device cuda: torch sees no GPU here (leave the option out to train on the CPU)", usage=True)
+        raise TrainingError(
+            "--device cuda: torch sees no GPU here (leave the option out to train on the CPU)", usage=True
+        )
     if config.device == "cpu" or not has_gpu:
         device = torch.device("cpu")
     else:

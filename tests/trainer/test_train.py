@@ -203,8 +203,8 @@ def test_a_disk_that_fills_while_saving_leaves_the_last_checkpoint(tmp_path, dat
     longer = config.model_copy(update={"max_steps": 9})
     message = runs.fails(longer, largest_file=20_000)
     assert re.fullmatch(
-        r"cannot save .*step-00000006: File too large.*; the last good checkpoint is .*step-00000003: free some "
-        r"space, then resume with --resume",
+        r"cannot save .*step-00000006: File too large.*; the last good checkpoint is .*step-00000003: make room, "
+        r"then resume with --resume",
         message,
     )
     assert runs.state(config) == before
