@@ -1,1 +1,1 @@
-"""The contract on disk: column schemas, code tables, the manifest, file layout, and the SQL views over a dataset."""
+"""The contract on disk: column schemas, code tables, the manifest, the layout of files, and SQL views."""

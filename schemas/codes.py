@@ -1,4 +1,4 @@
-"""Codes that stand for names in the Parquet columns. A code is the index into its table; 0 means none.
+"""Tables of the codes in Parquet columns. A code is an index into its table; 0 of pos and ent_type means none.
 
 Never reorder a table or reuse a code: datasets on disk hold the numbers.
 """

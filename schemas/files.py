@@ -1,8 +1,8 @@
-"""Files that are either whole or not there, in a folder or in an object store.
+"""Atomic reads and writes of files in a folder or an object store.
 
 A path is a `Path`, or the `UPath` of a URL (`schemas.manifest.at`). In a folder a file is written under a temporary
 name and renamed; in a store an object appears with the one request that puts it, and nothing has a temporary name.
-Requests that fail are made again, with growing pauses; a store that goes on failing, or refuses, is a DatasetError.
+Failed requests are retried with growing pauses; a store that keeps failing, or refuses, raises DatasetError.
 """
 
 import hashlib
@@ -25,12 +25,12 @@ from fsspec.config import conf
 from lacy.schemas.errors import DatasetError
 
 TEMPORARY = ".tmp"
-PATIENCE = 60.0  # seconds after which a store that goes on failing is given up
-FIRST_PAUSE = 0.2  # seconds, at most; doubles, and is drawn at random so that workers do not return together
+PATIENCE = 60.0  # seconds after which a failing store is given up
+FIRST_PAUSE = 0.2  # seconds at most; doubles, and is random so that workers do not retry together
 LONGEST_PAUSE: Final = 20.0
-CONNECTIONS: Final = 64  # to a store, of one process
+CONNECTIONS: Final = 64  # of one process to a store
 READERS: Final = 16  # threads that read local files
-LOCAL_BATCH: Final = 16  # files that one of them takes at once
+LOCAL_BATCH: Final = 16  # files that a thread reads at once
 CREDENTIALS: Final = {
     "s3": "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
     "gs": "run gcloud auth application-default login, or set GOOGLE_APPLICATION_CREDENTIALS",
@@ -38,8 +38,8 @@ CREDENTIALS: Final = {
 
 _PACKAGES: Final = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
 
-# Of botocore: its ten connections would be what reading many small objects waits for, and its retries of retries
-# would make minutes of each attempt.
+# botocore's default of ten connections limits reads of many small objects, and its own retries would make each of
+# ours take minutes.
 _S3 = conf.setdefault("s3", {}).setdefault("config_kwargs", {})
 _S3.setdefault("max_pool_connections", CONNECTIONS)
 _S3.setdefault("retries", {"mode": "standard", "total_max_attempts": 2})
@@ -50,8 +50,8 @@ T = TypeVar("T")
 def write_atomic(path: Path, data: bytes | memoryview, *, create: bool = False) -> None:
     """Write a file so that a reader sees the old one or the new one, never a part of either.
 
-    With `create`, raises FileExistsError where there is one already, unless it holds the same bytes: so a request that
-    was made twice because its answer was lost is no failure.
+    With `create`, raises FileExistsError where a file exists, unless it holds the same bytes, as after a request that
+    was repeated because its answer was lost.
     """
     if is_remote(path):
         _put(path, bytes(data), create)
@@ -62,9 +62,9 @@ def write_atomic(path: Path, data: bytes | memoryview, *, create: bool = False) 
 
 @contextmanager
 def open_atomic(path: Path, *, create: bool = False) -> Iterator[BinaryIO]:
-    """A local file to write under a temporary name beside `path`; at the end it is flushed to disk and renamed.
+    """Open a local file under a temporary name beside `path`; at the end flush it to disk and rename it.
 
-    Raises OSError (a full disk, no permission) and leaves no temporary file then, nor when the block raises.
+    Raises OSError (full disk, no permission). The temporary file is removed then, and when the block raises.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
@@ -82,21 +82,21 @@ def open_atomic(path: Path, *, create: bool = False) -> Iterator[BinaryIO]:
 
 
 def read_bytes(path: Path) -> bytes:
-    """A whole file. Raises FileNotFoundError where there is none, DatasetError where it cannot be read."""
+    """Read a file. Raises FileNotFoundError where there is none, DatasetError where it cannot be read."""
     if not is_remote(path):
         try:
             return path.read_bytes()
         except NotADirectoryError:
-            raise FileNotFoundError(f"{path.parent} is no folder") from None
+            raise FileNotFoundError(f"{path.parent} is not a folder") from None
         except PermissionError as error:
             raise DatasetError(f"{path} cannot be read: {error.strerror}") from None
     store, name = located(path)
-    once = {"max_concurrency": 1} if _kind(store) == "s3" else {}  # in pieces, it could be of two versions of the file
+    once = {"max_concurrency": 1} if _kind(store) == "s3" else {}  # pieces could come from two versions of the file
     return patiently(lambda: store.cat_file(name, **once), path)
 
 
 def read_many(paths: Sequence[Path]) -> list[bytes]:
-    """Whole files, many at a time, in the order asked for. Raises FileNotFoundError where one is missing."""
+    """Read files, many at a time, in the given order. Raises FileNotFoundError where one is missing."""
     if not paths:
         return []
     if is_remote(paths[0]):
@@ -110,15 +110,15 @@ def read_many(paths: Sequence[Path]) -> list[bytes]:
 
 
 def sizes(folder: Path, pattern: str = "*") -> dict[str, int]:
-    """The bytes of the files in a folder, by name, sorted: one listing. Empty where there is no such folder.
+    """List the files in a folder: bytes by name, sorted. Empty where there is no such folder.
 
-    Of a store only names that begin as the pattern does, up to its first special character, are asked for.
+    A store is only asked for names that begin like the pattern up to its first special character.
     """
     return {name: size for name, size, _ in _files(folder, pattern)}
 
 
 def modified(folder: Path, pattern: str = "*") -> dict[str, float]:
-    """When the files in a folder were written, in seconds since 1970, by name as `sizes` gives them."""
+    """Times at which the files in a folder were written, in seconds since 1970, by name as in `sizes`."""
     return {name: time for name, _, time in _files(folder, pattern)}
 
 
@@ -144,7 +144,7 @@ def remove(path: Path) -> None:
 
 
 def remove_tree(folder: Path) -> None:
-    """Remove a folder with all that is in it, if there is one."""
+    """Remove a folder and its contents, if there is one."""
     if not is_remote(folder):
         shutil.rmtree(folder, ignore_errors=True)
         return
@@ -152,7 +152,7 @@ def remove_tree(folder: Path) -> None:
 
     def remove_all() -> None:
         if left := listing(store, name, store.find):
-            with suppress(FileNotFoundError):  # another removes the same
+            with suppress(FileNotFoundError):  # another process removes the same
                 store.rm([f"{name}/{entry['name']}" for entry in left])
         if left and listing(store, name, store.find):
             raise OSError(f"{len(left)} objects could not be removed")
@@ -161,19 +161,19 @@ def remove_tree(folder: Path) -> None:
 
 
 def remove_temporary(folder: Path) -> None:
-    """Remove what an interrupted `write_atomic` left anywhere below `folder`; in a store it leaves nothing."""
+    """Remove temporary files of interrupted writes anywhere below `folder`; a store has none."""
     if not is_remote(folder):
         for path in folder.rglob(f".*{TEMPORARY}"):
             path.unlink(missing_ok=True)
 
 
 def is_remote(path: Path) -> bool:
-    """Whether a path is a URL's."""
+    """Whether a path is in an object store."""
     return hasattr(path, "fs")
 
 
 def store_of(url: str) -> tuple[Any, str]:
-    """The store behind a URL, and the name that the store has for what the URL means.
+    """The store behind a URL, and the name of the object in it.
 
     Raises DatasetError for a URL of an unknown kind, or one that needs a package that is not installed.
     """
@@ -197,7 +197,7 @@ def sha256(data: bytes | memoryview) -> str:
 
 
 def sha256_of(path: Path) -> str:
-    """Digest of a file, a local one read in pieces. Raises OSError."""
+    """Digest of a file; a local one is read in pieces. Raises OSError."""
     if is_remote(path):
         return sha256(read_bytes(path))
     with open(path, "rb") as file:
@@ -205,9 +205,9 @@ def sha256_of(path: Path) -> str:
 
 
 def patiently(request: Callable[[], T], what: object) -> T:
-    """The result of a request to a store, made again while it fails in a way that may pass.
+    """Make a request to a store, and retry it while it fails in a way that may pass.
 
-    Raises FileNotFoundError and FileExistsError as they come; DatasetError, which names `what`, for all else.
+    Raises FileNotFoundError and FileExistsError unchanged; DatasetError, which names `what`, for anything else.
     """
     from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
@@ -226,9 +226,9 @@ def patiently(request: Callable[[], T], what: object) -> T:
 
 
 def listing(store: Any, name: str, lister: Callable[..., Any]) -> list[dict[str, Any]]:
-    """What lies below `name`, by `lister` (the store's `ls` or `find`), with names relative to it.
+    """List the entries below `name` by `lister` (the store's `ls` or `find`), with names relative to it.
 
-    Nothing is cached: others write to the same store. Empty where there is nothing.
+    Nothing is cached, since others write to the same store. Empty where there is nothing.
     """
     store.invalidate_cache(name)
     try:
@@ -265,7 +265,7 @@ def _files(folder: Path, pattern: str) -> list[tuple[str, int, float]]:
 
 
 def _time(entry: dict[str, Any]) -> float:
-    """When an object was written: each store's library has a name of its own for it."""
+    """Time at which an object was written, under the name that the store's library has for it."""
     names = ("LastModified", "last_modified", "mtime", "updated", "created")
     value = next((entry[name] for name in names if name in entry), 0.0)
     if isinstance(value, str):
@@ -285,7 +285,7 @@ def _put(path: Path, data: bytes, create: bool) -> None:
     store, name = located(path)
     mode = "create" if create else "overwrite"
     try:
-        # More than the data in one piece: the stores' libraries make one request of it then.
+        # With a chunk larger than the data, the stores' libraries make one request.
         patiently(lambda: store.pipe_file(name, data, mode=mode, **_whole(store, data)), path)
     except FileExistsError:
         if read_bytes(path) != data:

@@ -1,4 +1,4 @@
-"""The manifest of a dataset, the records of its parts, and where its files lie.
+"""The manifest of a dataset, the records of its parts, and the paths of its files.
 
     DATASET/
       manifest.json                 written when a run starts, again when it ends
@@ -10,7 +10,7 @@
       tokenizer/                    the target tokenizer with <CALL>
       .parts/part-*.json            records of finished parts while the run goes on; folded into the manifest at its end
 
-A part exists when its record does: the record is written after the file, and holds the file's digest. Folders of parts
+A part exists when its record does, which is written after the file and holds its digest. Folders of parts
 hold Parquet files alone, beside names that begin with "_" or ".": pandas, Arrow, Spark and DuckDB skip those.
 """
 
@@ -36,10 +36,10 @@ M = TypeVar("M", bound=BaseModel)
 
 
 def at(location: str | os.PathLike[str]) -> Path:
-    """The path of a dataset: a folder, or for a URL (s3://, gs://, memory://, any that fsspec knows) a UPath.
+    """The path of a dataset: a folder, or a UPath for a URL (s3://, gs://, memory://, any that fsspec knows).
 
-    A UPath is no subclass of Path, but has the methods for reading. Raises DatasetError for a URL of an unknown kind,
-    or one that needs a package that is not installed.
+    A UPath is not a subclass of Path, but has its methods for reading. Raises DatasetError for a URL of an unknown
+    kind, or one that needs a package that is not installed.
     """
     if not isinstance(location, str) or "://" not in location:
         return cast(Path, location) if hasattr(location, "read_bytes") else Path(location)
@@ -61,10 +61,10 @@ class PartRecord(_Model):
     tokens: int
     factual: int
     bad: int
-    skipped: int = 0  # records that are no documents, like a dump's redirects
-    scored: dict[str, str] = {}  # how each scorer asked its engine: role -> path
-    judged: dict[str, int] = {}  # the judge's windows and spans, counted
-    bytes: int  # of the Parquet file; 0 when the part has no row, and then no file
+    skipped: int = 0  # records that are not documents, like the redirects of a dump
+    scored: dict[str, str] = {}  # role -> the engine interface that its scorer used
+    judged: dict[str, int] = {}  # counts of the judge's windows and spans
+    bytes: int  # of the Parquet file; 0 for a part without rows, which has no file
     sha256: str
     deadletter_sha256: str = ""
 
@@ -78,7 +78,7 @@ class Manifest(_Model):
     schema_version: int = SCHEMA_VERSION
     state: Literal["running", "complete"]
     corpus: list[CorpusFile]
-    options: dict[str, Any]  # all that changes a byte of the parts
+    options: dict[str, Any]  # all options that affect the bytes of the parts
     tokenizer: dict[str, Any]
     models: dict[str, Any]
     versions: dict[str, str]
@@ -100,7 +100,7 @@ class LabelRecord(_Model):
     name: str
     rows: int
     tokens: int
-    candidates: int  # tokens that the policy might have chosen
+    candidates: int  # tokens that the policy could choose
     delegated: int
     ignored: int
     lowest: float | None = None  # the lowest score chosen; None for a policy without one
@@ -150,12 +150,12 @@ def save(path: Path, model: BaseModel, *, create: bool = False) -> None:
 
 
 def load(path: Path, model: type[M]) -> M:
-    """Raises DatasetError for a file that is damaged; FileNotFoundError when there is none."""
+    """Read a model. Raises DatasetError for a damaged file, FileNotFoundError when there is none."""
     return parse(path, read_bytes(path), model)
 
 
 def parse(path: Path, data: bytes, model: type[M]) -> M:
-    """What a file with these contents says. Raises DatasetError when it is damaged."""
+    """Parse the contents of a file. Raises DatasetError when they are damaged."""
     try:
         return model.model_validate_json(data)
     except ValidationError as error:
@@ -164,7 +164,7 @@ def parse(path: Path, data: bytes, model: type[M]) -> M:
 
 
 def read_manifest(dataset: Path) -> Manifest:
-    """Raises DatasetError when `dataset` is no dataset, or was written by another version of the schema."""
+    """Read the manifest. Raises DatasetError when there is none, or when it has another version of the schema."""
     path = dataset / "manifest.json"
     try:
         data = read_bytes(path)
@@ -175,7 +175,7 @@ def read_manifest(dataset: Path) -> Manifest:
     try:
         manifest = parse(path, data, Manifest)
         version: object = manifest.schema_version
-    except DatasetError as damaged:  # only now, as it takes memory: what version is it of?
+    except DatasetError as damaged:  # look for its version only now, since that takes memory
         try:
             version = json.loads(data).get("schema_version")
         except (ValueError, AttributeError):
@@ -188,10 +188,10 @@ def read_manifest(dataset: Path) -> Manifest:
 
 
 def read_complete(dataset: Path) -> Manifest:
-    """The manifest of a finished dataset. Raises DatasetError when the run that writes it has not ended."""
+    """Read the manifest of a finished dataset. Raises DatasetError when its run has not ended."""
     manifest = read_manifest(dataset)
     if manifest.state != "complete":
-        raise DatasetError(f"{dataset} is not finished: run its lacy label command again to complete it")
+        raise DatasetError(f"{dataset} is not finished: rerun its lacy label command to resume")
     return manifest
 
 

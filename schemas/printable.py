@@ -1,5 +1,4 @@
-"""Text of a corpus or a model for a terminal or a page: what would move the cursor, change colours or turn the writing
-around becomes a visible mark."""
+"""Text of a corpus or a model made safe for a terminal or a page: control characters become visible marks."""
 
 from typing import Final
 
@@ -19,6 +18,6 @@ _LINES = str.maketrans(_MARKS | dict.fromkeys(_LINE_ENDS, "\n") | {0x09: "\t"})
 def printable(text: str, *, keep_lines: bool = False) -> str:
     """`text` with a visible mark for each control character and lone surrogate. Joiners and combining marks stay.
 
-    In one line, or with `keep_lines` with line ends and tabs, and then each character stands for one of `text`.
+    The result is one line; with `keep_lines`, line ends and tabs stay and each character stands for one of `text`.
     """
     return text.translate(_LINES if keep_lines else _ONE_LINE)

@@ -1,7 +1,7 @@
-"""The SQL of the DuckDB views over a dataset. They read the part files that the manifest lists, and nothing else.
+"""SQL of the DuckDB views over a dataset, which read the part files listed in the manifest and nothing else.
 
-In SQL a file of the dataset is `dataset://` and its name below the dataset's folder, wherever that lies; the database
-needs a file system of this name (`lacy.stats.files`).
+In SQL a file is `dataset://` and its name below the dataset's folder, wherever that is; the database needs a file
+system for that scheme (`lacy.stats.files`).
 
 `documents`, one row a document:
     doc_id, source, part                text: NULL without text
@@ -27,15 +27,15 @@ needs a file system of this name (`lacy.stats.files`).
 `parts`, one row a part of the manifest:
     part, source, documents, tokens, factual_tokens, bad, skipped, bytes, sha256, deadletter_sha256
 
-A word is a run of characters without whitespace, punctuation and all; a token belongs to the word of its first
-character that is no whitespace. Tokens of whitespace, and words of more than 64 characters (prose without spaces),
+A word is a run of non-whitespace characters, with punctuation; a token belongs to the word of its first non-whitespace
+character. Tokens of whitespace, and words of more than 64 characters (prose without spaces),
 have NULL. Group by doc_id and word_start to join the tokens of a word.
 
-Lists are indexed, not unnested, so a query reads the columns that it names; a condition on `doc_id` or `source` is
-met before a document becomes rows, and one on `part` or `labels` opens these files alone. What a label file holds is
-read from there, and only the rest from the signals. `substring` counts from the beginning of a text, which makes the
-tokens of a long document quadratic: the text is cut once into pieces of 64 characters, and a token is taken out of two
-of them.
+Lists are indexed, not unnested, so a query reads only the columns that it names. A condition on `doc_id` or `source`
+is applied before a document becomes rows, and one on `part` or `labels` limits the files that are opened. Columns of a
+label file are read from it, and only the others from the signals. `substring` counts from the beginning of a text,
+which would make the cost of a long document quadratic, so the text is cut once into pieces of 64 characters, and a
+token is taken from two of them.
 """
 
 from collections.abc import Collection, Sequence
@@ -70,12 +70,12 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Views:
-    statements: list[str]  # that create them
-    files: dict[str, int]  # all that they read: the name below the dataset, and its bytes
+    statements: list[str]  # SQL that creates them
+    files: dict[str, int]  # all files that they read: name below the dataset, bytes
 
 
 def create_views(dataset: Path) -> Views:
-    """The views over `dataset`, a folder or a UPath.
+    """Make the views over `dataset`, a folder or a UPath.
 
     Raises DatasetError for a dataset that is missing, unfinished or damaged.
     """
@@ -96,9 +96,9 @@ def create_views(dataset: Path) -> Views:
 
 
 def document_lists(dataset: Path, labels: Sequence[str]) -> str:
-    """A query of one row a document: the columns of the signals, `part`, and the lists label_0, label_1, ...
+    """A query of one row a document: the columns of the signals, `part`, and lists label_0, label_1, ...
 
-    They are the codes of the label sets named in `labels`, in this order. Raises DatasetError as `create_views` does.
+    These hold the codes of the label sets named in `labels`, in this order. Raises DatasetError as `create_views` does.
     """
     sets = label_sets(dataset)
     joined = f"SELECT * FROM ({_read(dataset, _signal_files(dataset), SIGNALS)})"
@@ -114,7 +114,7 @@ def quote(value: object) -> str:
 
 
 def _signal_files(dataset: Path) -> dict[str, int]:
-    """The files of the parts that have one, by their names below the dataset, and their bytes."""
+    """Files of the parts that have one: name below the dataset, bytes."""
     parts = [part for part in read_complete(dataset).parts if part.rows]
     return {signals_path(Path(), _sound(part.name)).as_posix(): part.bytes for part in parts}
 
@@ -126,27 +126,27 @@ def _label_files(name: str, labels: LabelSet) -> dict[str, int]:
 
 def _sound(part: str) -> str:
     if part != PurePath(part).name:
-        raise DatasetError(f"the manifest is damaged: {part!r} is no name of a part")
+        raise DatasetError(f"the manifest is damaged: {part!r} is not a name of a part")
     return part
 
 
 def _present(dataset: Path, files: dict[str, int]) -> set[str]:
-    """The columns of part files; all of a kind have the same, so the first says it."""
+    """The columns of part files, read from the first, since all of a kind have the same."""
     if not files:
         return set()
     first = dataset / next(iter(files))
     exactly: dict[str, Any] = (
         {} if isinstance(first, Path) else {"cache_type": "none"}
-    )  # no more than asked for, of an object
+    )  # read no more than needed from an object
     try:
         with first.open("rb", **exactly) as file:
             return set(pq.read_schema(file).names)
     except (OSError, pa.ArrowInvalid):
-        raise DatasetError(f"{first} is missing or damaged: lacy check says what else is") from None
+        raise DatasetError(f"{first} is missing or damaged: lacy check lists all faults") from None
 
 
 def _read(dataset: Path, files: dict[str, int], schema: pa.Schema) -> str:
-    """The rows of part files with all columns of `schema`, NULL for those that the dataset leaves out, and `part`."""
+    """Rows of part files with all columns of `schema`, NULL where the dataset lacks them, and `part`."""
     present = _present(dataset, files)
     columns = [
         field.name if field.name in present else f"NULL::{_type(field.type)} AS {field.name}" for field in schema
@@ -182,7 +182,7 @@ FROM ({signals})"""
 
 
 def _labels(dataset: Path, signals: str, sets: dict[str, dict[str, int]]) -> str:
-    """Each label set is joined with the signals a document at a time, before the lists become rows."""
+    """Join each label set with the signals document by document, before the lists become rows."""
     selects = []
     for name, files in sets.items():
         there = _present(dataset, files)
@@ -201,7 +201,7 @@ def _labels(dataset: Path, signals: str, sets: dict[str, dict[str, int]]) -> str
 def _tokens(documents: str, decided: str) -> str:
     """One row a token of `documents`, which has the signals' columns; `decided` stands before the others.
 
-    `i` is the place in the lists, from 1; `anchor` the first character of a token that is no whitespace.
+    `i` is the index into the lists, from 1; `anchor` the first non-whitespace character of a token.
     """
     return rf"""
 WITH documents AS NOT MATERIALIZED ({documents}),

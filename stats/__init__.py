@@ -1,1 +1,1 @@
-"""Questions to a dataset: a DuckDB connection, tables of figures, labelled text in colour."""
+"""Views of a dataset: SQL, tables of figures, labelled text in colour, a report."""

@@ -1,4 +1,4 @@
-"""The answer to a query as a table for people, or as CSV, JSON or Parquet, written as DuckDB finds it."""
+"""The answer to a query as a table, CSV, JSON or Parquet, written while DuckDB computes it."""
 
 import csv
 import io
@@ -56,7 +56,7 @@ def answer(connection: duckdb.DuckDBPyConnection, sql: str, form: str, out: Text
     require_format(form)
     require_reading(sql, session)
     if form == "parquet" and out.isatty():
-        raise UsageError("--format parquet is not for a terminal: give --out FILE, or redirect it")
+        raise UsageError("--format parquet cannot be shown on a terminal: give --out FILE, or redirect it")
     with ThreadPoolExecutor(1) as worker:
         running = worker.submit(_answer, connection, sql, form, out)
         try:
@@ -88,7 +88,7 @@ def _answer(connection: duckdb.DuckDBPyConnection, sql: str, form: str, out: Tex
 
 
 def require_place(out: Path, dataset: Path) -> None:
-    """Raises UsageError where no file can be written, and in the dataset, whose files belong to its manifest."""
+    """Raises UsageError for a path that cannot be written, or that lies in the dataset, which is read-only here."""
     if isinstance(dataset, Path) and out.resolve().is_relative_to(dataset.resolve()):
         raise UsageError(f"--out {out} is in the dataset, which is only read here: write beside it")
     if out.is_dir():
@@ -102,7 +102,7 @@ def require_place(out: Path, dataset: Path) -> None:
 
 @contextmanager
 def destination(path: Path | None, dataset: Path) -> Iterator[TextIO]:
-    """Where an answer goes: to stdout, or to a file that is there when it is whole.
+    """Open the destination of an answer: stdout, or a file that appears when it is complete.
 
     Raises UsageError as `require_place` does.
     """
@@ -120,7 +120,7 @@ def destination(path: Path | None, dataset: Path) -> Iterator[TextIO]:
 
 
 def _unique(names: list[str]) -> list[str]:
-    """The names of columns, the second of a name with a number, as objects and files need them."""
+    """Number repeated names of columns, which objects and files need to be unique."""
     found: list[str] = []
     for name in names:
         number, new = 0, name
@@ -137,7 +137,7 @@ def _rows(connection: duckdb.DuckDBPyConnection) -> Iterator[tuple[Any, ...]]:
 
 
 class _Sink(io.RawIOBase):
-    """Bytes that go to a pipe, which cannot say how many it has taken."""
+    """A writer to a pipe that counts its bytes, as a pipe cannot."""
 
     def __init__(self, out: BinaryIO):
         self._out, self._written = out, 0
@@ -190,14 +190,14 @@ def _write_json(columns: list[str], rows: Iterator[tuple[Any, ...]], out: TextIO
 
 
 def _write_table(columns: list[str], rows: Iterator[tuple[Any, ...]], out: TextIO) -> None:
-    """The first rows, and a word about the others; a row below the other, a column a line, where they are too wide."""
+    """Write the first rows and note any others. Rows that are too wide are written one column a line."""
     console = Console(file=out, highlight=False)
     if not console.is_terminal:
         console.width = max(console.width, _FILE_WIDTH)
     shown = list(islice(rows, TABLE_ROWS))
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for place, column in enumerate(columns):
-        numbers = all(isinstance(row[place], int | float | Decimal | None) for row in shown)
+    for index, column in enumerate(columns):
+        numbers = all(isinstance(row[index], int | float | Decimal | None) for row in shown)
         table.add_column(Text(printable(column)), justify="right" if numbers else "left", overflow="fold")
     for row in shown:
         table.add_row(*map(_cell, row))

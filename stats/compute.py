@@ -1,8 +1,8 @@
-"""The figures of a dataset: what `lacy stats` prints and the report shows.
+"""Compute the figures of a dataset that `lacy stats` prints and the report shows.
 
-DuckDB reads the lists of each document side by side as rows of tokens, in three scans: one for all that is a count or a
-sum, one for the few losses that quantiles and thresholds depend on, one for what a budget would pick. `stats.words`
-finds the words in the text, batch by batch.
+DuckDB unnests the lists of each document into rows of tokens, in three scans: one for counts and sums, one for the few
+losses that quantiles and thresholds depend on, one for the choice at each budget. `stats.words` finds the words in the
+text, batch by batch.
 """
 
 import math
@@ -44,14 +44,14 @@ Row = dict[str, Any]
 Subset = tuple[bool, ...]  # factual tokens, others, or both
 
 POSITIONS: Final = (0, 1, 16, 64, 256, 1024, 4096)  # where a range of positions in the document begins
-LENGTHS: Final = (1, 64, 256, 1024, 4096, 16384)  # tokens of a document
+LENGTHS: Final = (1, 64, 256, 1024, 4096, 16384)  # tokens of a document, where ranges begin
 WORDS: Final = 10  # of each kind
-DIFFERENCES: Final = 5  # for each two label sets
-GROUPS: Final = 1000  # values of a column that was asked for
+DIFFERENCES: Final = 5  # for each pair of label sets
+GROUPS: Final = 1000  # values of the column to group by
 RARE: Final = 5  # occurrences that the mean loss of a kept word is taken over at least, see `_rare`
 _BATCH = 512  # documents: what `lacy.stats.words` makes of them fits a processor's cache
 
-# Multiplication and roots round monotonically, so bins are in the order of the losses; narrower where losses are small.
+# Multiplication and roots round monotonically, so bins keep the order of the losses. Bins of small losses are narrower.
 _BIN = "floor(sqrt(sqrt(CASE WHEN nll < 0 THEN 0 ELSE nll END)) * 2048)::INTEGER"
 
 
@@ -63,11 +63,13 @@ def compute(
     by: str | None = None,
     on_stage: Callable[[str], None] = lambda stage: None,
 ) -> Stats:
-    """Count.
+    """Compute the figures.
 
-    `labels` names the label set; None takes DEFAULT_LABELS where there is one, else the first by name. `where` is a
-    condition of SQL on the columns of the view `labels`: only these tokens are counted. `by` is a column of it, or an
-    expression, to group by. `on_stage` hears what is being done.
+    Args:
+        labels: name of the label set; None is lacy where there is one, else the first by name.
+        where: SQL condition on the columns of the view `labels`, which selects the tokens that are counted.
+        by: column of that view, or an expression, to group by.
+        on_stage: is called with the name of each stage when it begins.
 
     Raises DatasetError for a dataset that is missing, unfinished or damaged, or that has no such label set; SqlError
     for a condition or a column that DuckDB does not understand.
@@ -111,7 +113,7 @@ def compute(
         tokens=counts.tokens,
         factual=sum(row["tokens"] for row in _add_up(counts.cells, "f") if row["f"]),
         bad=manifest.bad,
-        label_sets=[_label_set(found, place, counts.cells) for place, found in enumerate(sets.values())],
+        label_sets=[_label_set(found, number, counts.cells) for number, found in enumerate(sets.values())],
         labels=labels,
         pos=_most_first(_groups(counts.cells, "p", POS)),
         ent_type=_most_first(_groups(counts.cells, "e", ENT_TYPES)),
@@ -188,7 +190,7 @@ class _Tokens(NamedTuple):
     def rows(self, **columns: str) -> str:
         """One row a token with these columns, each the name of a list or an expression of lists.
 
-        What stands side by side in one SELECT is unnested together.
+        Expressions in one SELECT are unnested together.
         """
         if not self.narrow:
             unnested = ", ".join(f"unnest({of}) AS {name}" for name, of in columns.items())
@@ -213,7 +215,7 @@ class _Counts(NamedTuple):
 
 
 def _count(connection: Any, tokens: _Tokens, sets: int, mine: int | None) -> _Counts:
-    """Everything that is a count or a sum. `mine` is the place of the label set that is looked at among all."""
+    """Compute all counts and sums. `mine` is the index of the chosen label set among all."""
     codes = [f"l{number}" for number in range(sets)]
     label = codes[mine] if mine is not None else f"{LEARN}::TINYINT"
     columns = {"p": "pos", "e": "ent_type", "f": "factual", "nll": "ref_nll", "position": "range(len(factual))"}
@@ -234,7 +236,7 @@ FROM ({tokens.rows(f="factual", nll=column)}) GROUP BY ALL""").to_arrow_table()
 
 
 def _range(column: str, begins: Sequence[int]) -> str:
-    """The number of the range that a value is in."""
+    """SQL for the index of the range that a value is in."""
     return " + ".join(["0", *(f"({column} >= {begin})::INTEGER" for begin in begins[1:])])
 
 
@@ -250,7 +252,7 @@ def _add_up(counts: pa.Table, *by: str) -> list[Row]:
 
 
 def _groups(cells: pa.Table, by: str, names: Sequence[str]) -> list[Group]:
-    """The cells added up by the number in column `by`, which stands for a name; in the order of the names."""
+    """Add up the cells by the index in column `by`, in the order of `names`."""
     sums: dict[int, dict[str, Any]] = {}
     for row in _add_up(cells, by, "f", "label"):
         found = sums.setdefault(row[by], dict.fromkeys(COUNTS, 0))
@@ -274,8 +276,8 @@ def _losses(bins: pa.Table, quantiles: Mapping[bool, list[float]]) -> Losses:
     return Losses(factual=quantiles[True], other=quantiles[False], factual_bins=counts[True], other_bins=counts[False])
 
 
-def _label_set(found: LabelSet, place: int, cells: pa.Table) -> Labels:
-    rows = [(row[f"l{place}"], row["f"], row["tokens"]) for row in _add_up(cells, f"l{place}", "f")]
+def _label_set(found: LabelSet, number: int, cells: pa.Table) -> Labels:
+    rows = [(row[f"l{number}"], row["f"], row["tokens"]) for row in _add_up(cells, f"l{number}", "f")]
     return Labels(
         name=found.name,
         policy=found.policy,
@@ -351,9 +353,9 @@ def _number(fine: Iterable[Row], subset: Subset) -> int:
 
 
 def _around(share: float, number: int) -> tuple[int, int]:
-    """The ranks, from 0, that a quantile lies between."""
-    place = share * (number - 1)
-    return math.floor(place), math.ceil(place)
+    """The ranks, from 0, between which a quantile lies."""
+    rank = share * (number - 1)
+    return math.floor(rank), math.ceil(rank)
 
 
 def _between(values: Mapping[int, float], share: float, number: int) -> float:
@@ -364,7 +366,7 @@ def _between(values: Mapping[int, float], share: float, number: int) -> float:
 def _exact(
     connection: Any, tokens: _Tokens, column: str, fine: Sequence[Row], asked: Mapping[Subset, set[int]]
 ) -> dict[Subset, dict[int, float]]:
-    """The losses at some ranks, from 0, the lowest loss first. Only the bins that they lie in are read."""
+    """The losses at some ranks, from 0 for the lowest loss. Only the bins of these ranks are read."""
     below: dict[Subset, dict[int, int]] = {}  # tokens in lower bins than those that are needed
     for subset, ranks in asked.items():
         counts: Counter[int] = Counter()
@@ -397,7 +399,7 @@ WHERE list_contains({listed}::INTEGER[], bucket) GROUP BY ALL""").to_arrow_table
 def _picks(
     connection: Any, tokens: _Tokens, loss: str, candidates: Subset, thresholds: Sequence[float | None]
 ) -> list[Pick]:
-    """What lies at or above each threshold; thresholds fall as budgets rise."""
+    """Sum up the tokens at or above each threshold. Thresholds fall as budgets rise."""
     bounds = [math.inf if threshold is None else threshold for threshold in thresholds]
     first = " + ".join(f"(nll < ${place})::INTEGER" for place in range(1, len(bounds) + 1))
     rows = connection.execute(
@@ -445,7 +447,7 @@ FROM ({tokens.lists}) {join}""").to_arrow_reader(_BATCH)
 
 
 def _rare(tokens: int) -> int:
-    """In a small dataset nothing occurs often."""
+    """The least occurrences of a kept word: fewer in a small dataset, where nothing occurs often."""
     return max(1, min(RARE, tokens // 10_000))
 
 

@@ -1,4 +1,4 @@
-"""DuckDB over a dataset: a database in memory with the views of `lacy.schemas.views`, and nothing else to reach."""
+"""DuckDB over a dataset: a database in memory that can reach the views of `lacy.schemas.views` and nothing else."""
 
 import os
 import re
@@ -23,17 +23,16 @@ _SESSION: Final = r"(?is)create\s+(or\s+replace\s+)?(temp|temporary)\s+(recursiv
 
 
 def connect(dataset: str | os.PathLike[str]) -> duckdb.DuckDBPyConnection:
-    """A connection with the views documents, tokens, labels and parts; their columns are in `lacy.schemas.views`.
+    """Connect to the views documents, tokens, labels and parts; `lacy.schemas.views` lists their columns.
 
     `dataset` is a folder or a URL (s3://, gs://, any that fsspec knows; credentials as s3fs and gcsfs find them).
 
-    The database lies in memory and is locked. All that it can open are the files that the manifest lists, to read
-    them (`lacy.stats.files`). So whatever SQL it is given, however it is spelt, it cannot write to the dataset, read or
-    write other files, follow links out of the dataset, reach the network, install or load extensions, store secrets,
-    read Python variables by name, or change any of this. Tables and views that it creates are in memory. A query
-    larger than memory spills to a folder of its own below the system's temporary folder, the one place where SQL can
-    write, and which goes when the connection is closed. Not prevented: using up memory, time or this space; and what
-    Python code does itself.
+    The database is in memory and locked. It can only read the files that the manifest lists (`lacy.stats.files`).
+    No SQL can write to the dataset, read or write other files, follow links out of the dataset, reach the network,
+    install or load extensions, store secrets, read Python variables by name, or change any of this. Tables and views
+    that it creates are in memory. A query larger than memory spills to a folder of its own below the system's temporary
+    folder, which is removed when the connection is closed. Not prevented: exhausting memory, time or that space, and
+    whatever Python code does itself.
 
     Raises DatasetError when `dataset` is missing, unfinished or damaged.
     """
@@ -75,12 +74,12 @@ def connect(dataset: str | os.PathLike[str]) -> duckdb.DuckDBPyConnection:
             connection.execute(statement)
     except duckdb.Error as error:
         connection.close()
-        raise DatasetError(f"{dataset} cannot be read: {one_line(error)} (lacy check says what is damaged)") from None
+        raise DatasetError(f"{dataset} cannot be read: {one_line(error)} (lacy check lists all faults)") from None
     return connection
 
 
 def query(dataset: str | os.PathLike[str], sql: str) -> pa.Table:
-    """The rows that one reading statement gives: SELECT, FROM, WITH, DESCRIBE, SUMMARIZE, SHOW or EXPLAIN.
+    """Run one reading statement and return its rows: SELECT, FROM, WITH, DESCRIBE, SUMMARIZE, SHOW or EXPLAIN.
 
     Raises SqlError for any other statement and for one that fails, DatasetError as `connect` does.
     """
@@ -93,7 +92,7 @@ def query(dataset: str | os.PathLike[str], sql: str) -> pa.Table:
 
 
 def statements(sql: str) -> list[str]:
-    """The statements of a text. Raises SqlError when it is no SQL."""
+    """Split a text into statements. Raises SqlError when it is not SQL."""
     try:
         return [statement.query for statement in duckdb.extract_statements(sql)]
     except duckdb.Error as error:
@@ -101,7 +100,7 @@ def statements(sql: str) -> list[str]:
 
 
 def require_reading(sql: str, session: bool = False) -> None:
-    """Raises SqlError unless `sql` is one statement that reads, or in a session, makes a temporary table or view.
+    """Raises SqlError unless `sql` is one statement that reads or, in a session, makes a temporary table or view.
 
     EXPLAIN ANALYZE runs what it explains, so that has to read, too.
     """
@@ -125,7 +124,7 @@ def require_reading(sql: str, session: bool = False) -> None:
 
 
 def one_line(error: Exception) -> str:
-    """DuckDB's message without the excerpt of the query that follows it; of a traceback in it, what was raised."""
+    """DuckDB's message without the excerpt of the query; for a traceback, the exception that was raised."""
     message = str(error).split("\n\nLINE ")[0]
     if "Traceback (most recent call last)" in message:
         return _last_line(message)
@@ -135,5 +134,7 @@ def one_line(error: Exception) -> str:
 def _last_line(message: str) -> str:
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     return re.sub(
-        r"^(schemas\.files\.DatasetError|OSError|FileNotFoundError|PermissionError): ", "", lines[-1] if lines else ""
+        r"^(lacy\.schemas\.errors\.DatasetError|OSError|FileNotFoundError|PermissionError): ",
+        "",
+        lines[-1] if lines else "",
     )

@@ -1,4 +1,4 @@
-"""What the report shows of documents: which ones, and their tokens in a form that a page can hold.
+"""The documents that the report shows: their choice, and their tokens as compact JSON.
 
 A document is a dict of JSON values, one entry a token in each list and one character a token in each string:
 
@@ -44,8 +44,10 @@ Document = dict[str, Any]
 def choose(
     dataset: Path, manifest: Manifest, labels: str | None, count: int, ids: Sequence[str] | None = None
 ) -> list[Row]:
-    """Up to `count` documents in the dataset's order: half are those of which `labels` delegates or ignores the largest
-    share, the others are spread evenly over the rest. `ids` None takes them from all documents.
+    """Choose up to `count` documents, in the dataset's order.
+
+    Half are those with the largest share of tokens that `labels` delegates or ignores, the others are spread evenly
+    over the rest. They are among `ids`, or all documents where that is None.
 
     Raises DatasetError for a damaged part.
     """
@@ -73,7 +75,7 @@ def choose(
 
 
 def matching(dataset: Path, labels: str | None, where: str) -> list[str]:
-    """The ids of the documents with a token that the condition holds for, as in `lacy.stats.compute.compute`.
+    """The ids of the documents with a token that meets a condition, as in `lacy.stats.compute.compute`.
 
     Raises SqlError for a condition that DuckDB does not understand.
     """
@@ -87,7 +89,7 @@ def matching(dataset: Path, labels: str | None, where: str) -> list[str]:
 
 
 def find(dataset: Path, ids: Sequence[str]) -> list[Row]:
-    """Where the documents with these ids are, in the order given. Raises DatasetError for an id that is not there."""
+    """Locate the documents with these ids, in the order given. Raises DatasetError for an unknown id."""
     with connect(dataset) as connection:
         try:
             listed = connection.execute(
@@ -104,7 +106,7 @@ def find(dataset: Path, ids: Sequence[str]) -> list[Row]:
 
 
 def read(dataset: Path, rows: Sequence[Row], sets: Sequence[str], tokens: int) -> list[Document]:
-    """The documents at `rows`, of each the first `tokens` tokens, with the labels of `sets`.
+    """Read the first `tokens` tokens of the documents at `rows`, with the labels of `sets`.
 
     Raises DatasetError for a damaged part.
     """

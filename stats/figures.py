@@ -1,4 +1,4 @@
-"""The figures of a dataset, as plain models: what `lacy stats --json` prints, and tables and report show."""
+"""The figures of a dataset as plain models, which `lacy stats --json` prints and tables and the report show."""
 
 from typing import Final
 
@@ -16,7 +16,7 @@ class _Model(BaseModel):
 
 
 class Labels(_Model):
-    """What a label set decided about the tokens that are looked at."""
+    """Decisions of a label set about the counted tokens."""
 
     name: str
     policy: str
@@ -30,12 +30,12 @@ class Labels(_Model):
 
 
 class Group(_Model):
-    """Tokens that have something in common: a part of speech, an entity type, a range of positions or lengths."""
+    """Tokens with the same part of speech, entity type, or range of positions or lengths."""
 
     name: str  # "" for none
     tokens: int
     factual: int
-    delegated: int  # by the label set looked at
+    delegated: int  # by the chosen label set
     ignored: int
     scored: int  # tokens that have a reference loss
     nll: float  # sum over the scored tokens, nats
@@ -66,7 +66,7 @@ class Word(_Model):
 
 
 class Pick(_Model):
-    """What a policy would choose within a budget: its candidates with the highest loss, equal losses all or none."""
+    """The choice of a policy within a budget: its candidates with the highest loss, equal losses all or none."""
 
     budget: float  # share of all tokens
     threshold: float | None  # the lowest loss chosen, nats; None when nothing is
@@ -101,24 +101,24 @@ class Agreement(_Model):
 
 class Stats(_Model):
     dataset: str
-    where: str | None  # the condition on the tokens that are looked at
-    documents: int  # that have a token that is looked at
+    where: str | None  # SQL condition on the tokens that are counted
+    documents: int  # with a counted token
     tokens: int
     factual: int
     bad: int  # records in deadletter/, of the whole dataset
     label_sets: list[Labels]
-    labels: str | None  # the label set that the figures below are about; None when there is none
+    labels: str | None  # the label set of the figures below; None when there is none
     pos: list[Group]  # most tokens first
     ent_type: list[Group]
     position: list[Group]  # in the document, in tokens from 0; in order
     length: list[Group]  # tokens in documents of this many tokens; in order
-    by: str | None  # the column that was asked for
+    by: str | None  # the column to group by
     groups: list[Group]  # its values, most tokens first
     losses: Losses
-    policy: str  # that `budgets` is of: lacy or loss
+    policy: str  # the policy of `budgets`: lacy or loss
     budgets: list[Pick]  # at BUDGETS; empty without losses
-    agreement: list[Agreement]  # of each two label sets
+    agreement: list[Agreement]  # one for each pair of label sets
     chosen_words: list[Word]  # most often chosen first
     kept_words: list[Word]  # highest mean_kept_nll first
-    kept_at_least: int  # times that each of kept_words was kept
+    kept_at_least: int  # the least occurrences of each of kept_words
     notes: list[str]

@@ -1,7 +1,7 @@
-"""The files of a dataset as a file system that only reads: all that a connection can reach.
+"""The files of a dataset as a read-only file system: all that a connection can reach.
 
-DuckDB asks for `dataset://` and a name below the dataset's folder; what is read comes from the folder or the object
-store. A name that the manifest does not list does not exist, and nothing can be written, whatever the SQL says.
+DuckDB opens `dataset://` and a name below the dataset's folder, which is read from the folder or the object store. A
+name that the manifest does not list does not exist, and nothing can be written, whatever the SQL is.
 """
 
 import errno
@@ -47,7 +47,7 @@ class DatasetFiles(AbstractFileSystem):
         return path.removeprefix(PREFIX) in self._files
 
     def modified(self, path: str) -> datetime:
-        """Parts are written once: what has been read of one need not be read again."""
+        """A constant, since parts are written once: DuckDB may cache what it has read."""
         return _UNCHANGED
 
     def open(self, path: str, mode: str = "rb", **_: Any) -> Any:
@@ -60,7 +60,7 @@ class DatasetFiles(AbstractFileSystem):
         return io.FileIO(self._open_local(f"{self._dataset}/{path.removeprefix(PREFIX)}", size))
 
     def _open_local(self, path: str, size: int) -> int:
-        """A descriptor. Few calls to the system: between them the threads of a query wait for each other."""
+        """Open a descriptor with few system calls, between which the threads of a query wait for each other."""
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         except OSError as error:
@@ -69,11 +69,11 @@ class DatasetFiles(AbstractFileSystem):
             raise
         if (there := os.fstat(descriptor).st_size) != size:
             os.close(descriptor)
-            raise OSError(f"{path} is damaged, it has {there} bytes and not {size}: lacy check says what else is")
+            raise OSError(f"{path} is damaged, it has {there} bytes and not {size}: lacy check lists all faults")
         return descriptor
 
     def _size(self, path: str) -> int:
         try:
             return self._files[path.removeprefix(PREFIX)]
         except KeyError:
-            raise FileNotFoundError(f"{path} is no file of the dataset") from None
+            raise FileNotFoundError(f"{path} is not a file of the dataset") from None

@@ -1,4 +1,4 @@
-"""The prompt of `lacy sql DATASET`: statements end with a semicolon, and each is answered or refused in one line."""
+"""The prompt of `lacy sql DATASET`, which answers each statement or refuses it in one line."""
 
 import os
 from pathlib import Path
@@ -38,7 +38,7 @@ def prompt(connection: duckdb.DuckDBPyConnection, form: str, out: TextIO) -> Non
         lexer=PygmentsLexer(SqlLexer),
         prompt_continuation="  ... ",
     )
-    out.write(".help tells more, Ctrl-D ends\n")
+    out.write(".help for help, Ctrl-D to quit\n")
     while True:
         running = False
         try:
@@ -62,14 +62,14 @@ def prompt(connection: duckdb.DuckDBPyConnection, form: str, out: TextIO) -> Non
 
 
 def history_file() -> Path:
-    """Where earlier statements are kept: the user's state folder, by the XDG rules."""
+    """The path of the history: in the user's state folder, by the XDG rules."""
     state = os.environ.get("XDG_STATE_HOME", "")
     folder = Path(state) if os.path.isabs(state) else Path.home() / ".local" / "state"
     return folder / "lacy" / "sql_history"
 
 
 def _history() -> History:
-    """In memory where the file cannot be written. It may hold text of the corpus, so it is the user's alone."""
+    """Open the history, readable for the user only, or keep it in memory where the file cannot be written."""
     path = history_file()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -80,7 +80,7 @@ def _history() -> History:
 
 
 def _words(connection: duckdb.DuckDBPyConnection) -> list[str]:
-    """What Tab completes: views, their columns, and the keywords of SQL."""
+    """Words for completion: views, their columns and the keywords of SQL."""
     named = connection.execute("SELECT DISTINCT column_name FROM duckdb_columns() WHERE NOT internal").fetchall()
     keywords = connection.execute("SELECT upper(keyword_name) FROM duckdb_keywords()").fetchall()
     return [*NAMES, *sorted(name for (name,) in named), *sorted(word for (word,) in keywords)]
@@ -102,7 +102,7 @@ def _keys() -> KeyBindings:
 
 
 def _command(text: str, form: str, out: TextIO) -> str:
-    """The format to go on with."""
+    """Run a dot command and return the output format."""
     name, *arguments = text.split()
     if name == ".help":
         out.write(HELP)
@@ -110,5 +110,5 @@ def _command(text: str, form: str, out: TextIO) -> str:
         require_format(arguments[0])
         return arguments[0]
     else:
-        raise UsageError(f"{text} is unknown: .help tells what there is")
+        raise UsageError(f"{text} is unknown: .help lists the commands")
     return form

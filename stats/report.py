@@ -1,4 +1,4 @@
-"""`lacy report`: a dataset as one page, for a browser and for a colleague.
+"""`lacy report`: one HTML page about a dataset, to open in a browser and to share.
 
 The page needs no network and no other file: styles, script and data are in it, and its content security policy allows
 nothing else. It has a summary, charts of the figures of `stats.compute`, and a view to read documents in, with their
@@ -48,11 +48,11 @@ def write(
     documents: int | Sequence[str] = DOCUMENTS,
     on_stage: Callable[[str], None] = lambda stage: None,
 ) -> None:
-    """Write the page of a dataset to `out`, whole or not at all.
+    """Write the page of a dataset to `out`, atomically.
 
-    `labels` and `where` are those of `stats.compute.compute`; they also say which documents can be read. `documents`
-    is how many, see `lacy.stats.excerpts.choose`, or their ids. Of long documents the page has the first tokens:
-    at most TOKENS, and fewer where the page would get too large otherwise. `on_stage` hears what is being done.
+    `labels`, `where` and `on_stage` are those of `stats.compute.compute`; the first two also select the documents that
+    can be read. `documents` is their number, see `lacy.stats.excerpts.choose`, or their ids. The page holds the first
+    tokens of long documents: at most TOKENS, and fewer where it would become too large.
 
     Raises DatasetError for a dataset that is missing, unfinished or damaged, and for a label set or a document that it
     does not have; SqlError for a condition that DuckDB does not understand; UsageError where `out` cannot be written
@@ -76,7 +76,7 @@ def write(
 
 @dataclass(frozen=True)
 class Data:
-    """What the reading view reads."""
+    """Documents of the reading view."""
 
     packed: str  # JSON, gzip, base64
     documents: int
@@ -85,7 +85,7 @@ class Data:
 
 
 def _data(folder: Path, manifest: Manifest, figures: Stats, rows: Sequence[excerpts.Row]) -> Data:
-    """The documents in at most DOCUMENT_BYTES each, on average; few may take as much as DOCUMENTS."""
+    """Pack the documents into at most DOCUMENT_BYTES each on average; few may take as much space as DOCUMENTS."""
     sets = label_sets(folder)
     limit = TOKENS
     while True:
@@ -117,7 +117,7 @@ def _pack(content: Any) -> str:
 
 
 def page(figures: Stats, manifest: Manifest, data: Data, *, spread: bool) -> str:
-    """The page. `spread` says that the documents were chosen, not asked for."""
+    """Fill the page. `spread`: the documents were chosen, not named by the user."""
     style, script = source(_PACKAGE, "report.css"), source(_PACKAGE, "report.js")
     filled = template(_PACKAGE, "report.html", printable=printable, share=_share, number=_number)
     student = "student" in manifest.models  # policies by loss take its losses then
@@ -143,12 +143,12 @@ def page(figures: Stats, manifest: Manifest, data: Data, *, spread: bool) -> str
 
 
 def _hash(source: str) -> str:
-    """As a content security policy names what it allows."""
+    """The hash by which a content security policy allows a source."""
     return "sha256-" + base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
 
 
 def _made(manifest: Manifest) -> list[tuple[str, str]]:
-    """What made the dataset, as far as the manifest names it."""
+    """The corpus, models and options of the dataset, as the manifest names them."""
     named = {"tokenizer": manifest.tokenizer} | manifest.models
     made = []
     for role, about in named.items():
@@ -237,7 +237,7 @@ def _budgets(figures: Stats) -> dict[str, Any] | None:
 
 
 def _agreement(figures: Stats) -> list[tuple[Agreement, float, float, float]]:
-    """Each two label sets, and what the first alone, both and the second alone choose; the most of all pairs is 100."""
+    """Widths of what the first alone, both and the second alone choose, for each pair; the largest sum is 100."""
     most = max((pair.only_a + pair.both + pair.only_b for pair in figures.agreement), default=0) or 1
     return [
         (pair, 100 * pair.only_a / most, 100 * pair.both / most, 100 * pair.only_b / most) for pair in figures.agreement

@@ -110,8 +110,8 @@ def show(
 ) -> None:
     """Print a whole document, its tokens tinted by label or by loss, below a heading and a legend.
 
-    With `signals` a table takes the place of the text, one row a token, as wide as it has to be: the labels of all
-    label sets, or of `labels` alone. `labels` None tints by what `lacy stats` takes.
+    With `signals` a table replaces the text: one row for each token, as wide as necessary, with the labels of all label
+    sets, or of `labels` alone. `labels` None is the label set that `lacy stats` uses.
 
     Raises UsageError for another colour; DatasetError for a dataset that is missing, unfinished or damaged, that has
     no such label set or document, and for a text or losses to show that it does not have.
@@ -152,10 +152,10 @@ def render(
     console: Console,
     characters: int = CHARACTERS,
 ) -> None:
-    """Print up to `characters` of some documents, tinted as `show` does, and a legend.
+    """Print up to `characters` of some documents, tinted as in `show`, and a legend.
 
-    `documents` are ids, or how many: the first that have a marked token. `labels` None takes what `lacy stats` takes.
-    An excerpt begins where its document does, or shortly before its first marked token when that comes late.
+    `documents` are ids, or the number of documents: the first with a marked token. `labels` None is the label set that
+    `lacy stats` uses. An excerpt begins with its document, or shortly before its first marked token if that comes late.
 
     Raises what `show` does, and DatasetError for a dataset without any label set.
     """
@@ -164,7 +164,9 @@ def render(
     parts = [part.name for part in read_complete(root).parts if part.rows]
     name = pick_labels(root, label_sets(root), labels)
     if name is None:
-        raise DatasetError(f"{dataset} has no labels: lacy decide makes them (with the id of a document it is shown)")
+        raise DatasetError(
+            f"{dataset} has no labels: lacy decide makes them (name a document to see it without labels)"
+        )
     with _reading(dataset) as connection:
         ids = _first(connection, parts, name, documents) if isinstance(documents, int) else documents
         found = [_document(connection, dataset, doc_id, [name]) for doc_id in ids]
@@ -186,9 +188,9 @@ def render(
 
 @contextmanager
 def paged(console: Console) -> Iterator[None]:
-    """What is printed within goes through $PAGER, or less, when `console` is a terminal and it is longer than that.
+    """Show the output of the block in $PAGER, or less, when `console` is a terminal and the output is longer.
 
-    Where stdin is no terminal, so that no key would reach a pager, it is printed at once. `less` gets -R, without
+    It is printed directly where stdin is not a terminal, since no key would reach the pager. `less` gets -R, without
     which it shows colours as codes. Nothing is printed when the block raises.
     """
     if not console.is_terminal:
@@ -217,7 +219,7 @@ def _require_color(color: str) -> None:
 
 def _require_losses(dataset: Dataset, documents: Sequence[_Document]) -> None:
     if documents and all(np.isnan(document.losses()).all() for document in documents):
-        raise DatasetError(f"{dataset} has no losses here: it was made without a reference model, or without a score")
+        raise DatasetError(f"{dataset} has no losses here: it was labelled without a reference model")
 
 
 @contextmanager
@@ -230,7 +232,7 @@ def _reading(dataset: Dataset) -> Iterator[duckdb.DuckDBPyConnection]:
 
 
 def _first(connection: duckdb.DuckDBPyConnection, parts: list[str], labels: str, count: int) -> list[str]:
-    """The first documents with a marked token, then any others; it stops at the part that has enough."""
+    """Find the first documents with a marked token, then any others, and stop at the part that has enough."""
     marked: list[str] = []
     others: list[str] = []
     for part in parts:
@@ -248,7 +250,7 @@ def _first(connection: duckdb.DuckDBPyConnection, parts: list[str], labels: str,
 
 
 def _document(connection: duckdb.DuckDBPyConnection, dataset: Dataset, doc_id: str, labels: Sequence[str]) -> _Document:
-    """Its part is found by the ids alone; then the files of this part are opened, no others."""
+    """Read a document. Its part is found by the ids alone; then only the files of this part are opened."""
     parts = connection.execute("SELECT part FROM documents WHERE doc_id = ?", [doc_id]).fetchall()
     if not parts:
         raise DatasetError(_not_there(connection, dataset, doc_id), usage=True)
@@ -310,7 +312,7 @@ def _heading(document: _Document, labels: str | None) -> Text:
 
 
 def _styled(console: Console, color: Color) -> bool:
-    """Whether marks are styles: brackets where the console has none, or no colours to tell losses apart."""
+    """Whether marks are styles; otherwise they are brackets, as the console has no styles or too few colours."""
     return console.color_system is not None and not (console.no_color and color == "loss")
 
 
@@ -321,7 +323,7 @@ def _mark(text: str, mark: _Mark, styled: bool) -> Text:
 def _marked(
     text: str, marks: npt.NDArray[np.uint8], scale: Mapping[int, _Mark], styled: bool, *, keep_lines: bool
 ) -> Text:
-    """Corpus text as it is: no markup is read out of it, and nothing in it steers the terminal."""
+    """Corpus text without interpretation of markup or control characters."""
     edges = np.flatnonzero(np.diff(marks)) + 1
     bounds = [0, *edges.tolist(), len(text)]
     runs = []
@@ -341,7 +343,7 @@ def _excerpt(
 
 
 def _window(text: str, marks: npt.NDArray[np.uint8], characters: int) -> tuple[int, int]:
-    """Half-open, cut at whitespace where there is some near."""
+    """The half-open range of an excerpt, cut at nearby whitespace."""
     first = int(np.argmax(marks != _PLAIN)) if len(marks) else 0
     start = 0
     if first >= characters // 2:
@@ -368,7 +370,7 @@ def _legend(
 def _table(
     document: _Document, codes: npt.NDArray[np.uint8], scale: Mapping[int, _Mark], styled: bool
 ) -> Iterator[Text]:
-    """A line for each token, below a header. Columns that hold nothing in all of the document are left out."""
+    """A header and a line for each token. Columns that are empty for the whole document are left out."""
     tokens = document.tokens
     columns: list[tuple[str, list[str], bool]] = []  # name, cells, are numbers
 

@@ -11,14 +11,14 @@ from lacy.schemas.printable import printable
 from lacy.stats import figures
 from lacy.stats.figures import QUANTILES, Losses, Stats, Word
 
-ROWS: Final = 12  # of the tables of groups; those with fewer tokens are added up
+ROWS: Final = 12  # of a table of groups; smaller groups are added up in the last row
 KINDS: Final = 3  # named in one cell
 _WIDE = 100
 _WORD_WIDTH = 22
 
 
 def show(stats: Stats, console: Console) -> None:
-    """Print the figures for a reader. Two tables stand side by side where 100 columns are free, as in a file."""
+    """Print the figures as tables, two side by side where the terminal has 100 columns, as a file always does."""
     if not console.is_terminal and console.width < _WIDE:
         console = Console(file=console.file, width=_WIDE)
 
@@ -31,7 +31,7 @@ def show(stats: Stats, console: Console) -> None:
     if not stats.tokens:
         return
     if stats.label_sets:
-        put("What each policy decided, in shares of all tokens", _label_sets_table(stats))
+        put("Decisions of each label set, as shares of all tokens", _label_sets_table(stats))
     verb = _verb(stats)
     mine = f" or {verb} by {printable(stats.labels)}" if stats.labels else ""
     scored = _scored(stats)
@@ -44,24 +44,24 @@ def show(stats: Stats, console: Console) -> None:
         _groups_table("ent_type", stats.ent_type, stats),
     )
     put(
-        "By position in the document, and by its length, in tokens",
+        "By position in the document and by document length, in tokens",
         _groups_table("position", stats.position, stats),
         _groups_table("length", stats.length, stats),
     )
     if scored:
-        put("Loss of the reference model in nats: this share of the tokens has less", _losses_table(stats.losses))
+        put("Quantiles of the reference model's loss, in nats", _losses_table(stats.losses))
     if stats.budgets:
-        what = "factual tokens of highest loss" if stats.policy == "lacy" else "tokens of highest loss"
-        put(f"What a budget picks under the policy {stats.policy}: the {what}", _budgets_table(stats))
+        what = "factual tokens with the highest loss" if stats.policy == "lacy" else "tokens with the highest loss"
+        put(f"Choice of policy {stats.policy} at each budget: the {what}", _budgets_table(stats))
     if agreements := _agreements(stats):
-        put("How label sets agree, in shares of all tokens", _agreement_table(stats, agreements))
+        put("Agreement between label sets, as shares of all tokens", _agreement_table(stats, agreements))
     often = f"{stats.kept_at_least} times or more" if stats.kept_at_least > 1 else "at all"
     if stats.chosen_words:
         kept = [_kept_table(stats.kept_words, "kept")] if stats.kept_words else []
-        also = f", and the words kept {often} that have the highest loss" if kept else ""
+        also = f", and words kept {often} with the highest loss" if kept else ""
         put(f"Words most often {verb}{also}", _chosen_table(stats.chosen_words, verb), *kept)
     elif stats.kept_words:
-        put(f"Words with the highest mean loss, of those seen {often}", _kept_table(stats.kept_words, "count"))
+        put(f"Words seen {often} with the highest mean loss", _kept_table(stats.kept_words, "count"))
     for note in stats.notes:
         console.print()
         console.print(Text(note, style="dim"))
@@ -70,11 +70,11 @@ def show(stats: Stats, console: Console) -> None:
 def _headline(stats: Stats) -> str:
     where = f" where {printable(stats.where)}" if stats.where is not None else ""
     if not stats.tokens:
-        return f"{printable(stats.dataset)}: there is no token{where}"
+        return f"{printable(stats.dataset)}: no tokens{where}"
     bad = f", {stats.bad:,} bad records" if stats.bad else ""
     share = _share(stats.factual, stats.tokens)
-    found = f"{stats.documents:,} documents, {stats.tokens:,} tokens, {share} factual{bad}"
-    return f"{printable(stats.dataset)}{where}: {found}"
+    figures = f"{stats.documents:,} documents, {stats.tokens:,} tokens, {share} factual{bad}"
+    return f"{printable(stats.dataset)}{where}: {figures}"
 
 
 def _scored(stats: Stats) -> bool:
@@ -82,7 +82,7 @@ def _scored(stats: Stats) -> bool:
 
 
 def _verb(stats: Stats) -> str:
-    actions = {found.name: found.action for found in stats.label_sets}
+    actions = {labels.name: labels.action for labels in stats.label_sets}
     return "ignored" if stats.labels is not None and actions[stats.labels] == "ignore" else "delegated"
 
 
@@ -90,15 +90,15 @@ def _label_sets_table(stats: Stats) -> Table:
     table = _table(
         "labels", "policy", numbers=("budget", "delegated", "ignored", "factual of these", "lowest score chosen")
     )
-    for found in stats.label_sets:
+    for labels in stats.label_sets:
         table.add_row(
-            _name(found.name),
-            _name(found.policy),
-            "none" if found.budget is None else f"{found.budget:.1%}",
-            _share(found.delegated, found.tokens),
-            _share(found.ignored, found.tokens),
-            _share(found.factual, found.delegated + found.ignored),
-            _number(found.threshold),
+            _name(labels.name),
+            _name(labels.policy),
+            "none" if labels.budget is None else f"{labels.budget:.1%}",
+            _share(labels.delegated, labels.tokens),
+            _share(labels.ignored, labels.tokens),
+            _share(labels.factual, labels.delegated + labels.ignored),
+            _number(labels.threshold),
         )
     return table
 
@@ -141,30 +141,30 @@ def _most(counts: Mapping[str, int]) -> Text:
 
 
 def _listed(items: Iterable[str]) -> Text:
-    """For a column that may be narrowed to make a table fit, which no column does that is `no_wrap` itself."""
+    """Text for a column that may be narrowed to make a table fit; a `no_wrap` column never is."""
     return Text(", ".join(items), no_wrap=True, overflow="ellipsis")
 
 
 def _agreements(stats: Stats) -> list[figures.Agreement]:
-    """Those of the label set that is looked at with each other one."""
-    return [found for found in stats.agreement if stats.labels in (found.a, found.b)]
+    """The comparisons of the chosen label set with each other one."""
+    return [pair for pair in stats.agreement if stats.labels in (pair.a, pair.b)]
 
 
 def _agreement_table(stats: Stats, agreements: Iterable[figures.Agreement]) -> Table:
     mine = stats.labels or ""
     table = _table(f"{printable(mine)} and", numbers=("same", "kappa", "both", f"only {printable(mine)}", "only other"))
-    table.add_column("most different, of these")
-    for found in agreements:
-        other, only, theirs = found.b, found.only_a, found.only_b
-        if found.b == mine:
-            other, only, theirs = found.a, found.only_b, found.only_a
+    table.add_column("largest differences")
+    for pair in agreements:
+        other, only_this, only_other = pair.b, pair.only_a, pair.only_b
+        if pair.b == mine:
+            other, only_this, only_other = pair.a, pair.only_b, pair.only_a
         where = (
             f"{difference.pos or '(none)'} {difference.ent_type}".strip()
             + f" {difference.different / difference.tokens:.0%}"
-            for difference in found.differences[:KINDS]
+            for difference in pair.differences[:KINDS]
         )
-        shares = (_share(count, stats.tokens) for count in (found.both, only, theirs))
-        table.add_row(_name(other), _share(found.same, stats.tokens), _number(found.kappa), *shares, _listed(where))
+        shares = (_share(count, stats.tokens) for count in (pair.both, only_this, only_other))
+        table.add_row(_name(other), _share(pair.same, stats.tokens), _number(pair.kappa), *shares, _listed(where))
     return table
 
 
@@ -194,7 +194,7 @@ def _table(*names: str, numbers: Sequence[str], gap: int = 2) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0), header_style="dim")
     for name in names:
         table.add_column(name, no_wrap=True, overflow="ellipsis", max_width=_WORD_WIDTH)
-    for name in numbers:  # in a narrow place the heading wraps, so that no digit is cut
+    for name in numbers:  # where space is short the heading wraps, so that no digit is cut
         table.add_column(name, justify="right", min_width=max(map(len, name.split())))
     return table
 

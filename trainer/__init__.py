@@ -1,1 +1,1 @@
-"""Reads label shards and pretrains the small language model on them."""
+"""Pretraining of the small language model on label shards."""

@@ -1,11 +1,11 @@
-"""Checkpoints: ordinary model folders that `transformers` and vLLM open, with all that a resumed run needs beside.
+"""Checkpoints: ordinary model folders that `transformers` and vLLM open, plus the state that a resumed run needs.
 
     RUN/checkpoints/step-00001000/
       config.json, generation_config.json, model.safetensors, tokenizer.json, tokenizer_config.json
       training/optimizer.safetensors   AdamW's moments: exp_avg.<parameter>, exp_avg_sq.<parameter>
-      training/state.json              step, counts, and for each rank its random state and its place in the data
+      training/state.json              step, counts, and the random state and data position of each rank
 
-A checkpoint is written under a hidden name by a thread of the first rank, and renamed when it is whole.
+A thread of the first rank writes a checkpoint under a hidden name and renames it when it is complete.
 """
 
 import base64
@@ -37,7 +37,7 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is. Tokens are targets; `gt_tokens` those that had the gradient of their true token."""
+    """Progress of a run. Tokens are targets; `gt_tokens` are those trained on their true token."""
 
     step: int = 0
     tokens: int = 0
@@ -46,10 +46,10 @@ class Progress:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A state of the run, copied to host memory; on ranks but the first the tensors are empty."""
+    """State of the run, copied to host memory. Only the first rank holds tensors."""
 
     progress: Progress
-    ranks: list[dict[str, Any]]  # of each: "loader", "random"
+    ranks: list[dict[str, Any]]  # "loader" and "random" of each rank
     weights: Tensors
     moments: Tensors
 
@@ -58,19 +58,19 @@ def folder(out: Path, step: int) -> Path:
     return out / "checkpoints" / f"step-{step:08d}"
 
 
-def found(out: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first. A folder that has its final name is whole."""
+def checkpoints(out: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first. A folder with its final name is complete."""
     return sorted((out / "checkpoints").glob("step-[0-9]*"))
 
 
 def newest(out: Path) -> Path | None:
-    return next(reversed(found(out)), None)
+    return next(reversed(checkpoints(out)), None)
 
 
 def take(
     progress: Progress, loader: dict[str, Any], network: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks
 ) -> Snapshot:
-    """Copy the state to host memory. All ranks must call it."""
+    """Copy the state to host memory. Every rank must call it."""
     weights: Tensors = {}
     moments: Tensors = {}
     for name, parameter in network.named_parameters():
@@ -86,9 +86,9 @@ def take(
 def restore(
     path: Path, network: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks
 ) -> tuple[Progress, dict[str, Any]]:
-    """Load weights, moments and random state in place; returns the progress, and this rank's place in the data.
+    """Load weights, moments and random state in place. Returns the progress and this rank's position in the data.
 
-    Raises TrainingError for a damaged checkpoint, or one of another number of ranks.
+    Raises TrainingError for a checkpoint that is damaged or was saved by another number of ranks.
     """
     try:
         state = json.loads((path / "training" / "state.json").read_bytes())
@@ -115,14 +115,14 @@ def restore(
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise TrainingError(
-            f"{path} is damaged ({reason}): remove it, and --resume goes on from the one before"
+            f"{path} is damaged ({reason}): remove it and resume from the checkpoint before it"
         ) from None
     _set_random_state(mine["random"], ranks.device)
     return progress, mine["loader"]
 
 
 class Saver:
-    """Writes checkpoints in the background, one at a time; keeps the last ones, and those of round steps."""
+    """Writes checkpoints in the background, one at a time, and removes old ones as `keep` and `keep_every` say."""
 
     def __init__(self, config: TrainConfig, network: PreTrainedModel, tokenizer: dict[str, bytes]):
         self._out, self._keep, self._every = config.out, config.keep, config.keep_every
@@ -130,23 +130,23 @@ class Saver:
         self._network = network
         self._thread: threading.Thread | None = None
         self._failure: TrainingError | None = None
-        for left in (self._out / "checkpoints").glob(f".*{TEMPORARY}"):
-            shutil.rmtree(left, ignore_errors=True)
+        for leftover in (self._out / "checkpoints").glob(f".*{TEMPORARY}"):
+            shutil.rmtree(leftover, ignore_errors=True)
 
     def start(self, snapshot: Snapshot) -> None:
-        """Begin to write; returns at once unless the one before is still being written. Raises as `wait`."""
+        """Begin to write; waits first for the previous checkpoint. Raises as `wait` does."""
         self.wait()
         self._thread = threading.Thread(target=self._run, args=(snapshot,), name="checkpoint")
         self._thread.start()
 
     def join(self) -> None:
-        """Until nothing is being written."""
+        """Wait until nothing is being written."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
 
     def wait(self) -> None:
-        """Until what was begun is on disk. Raises TrainingError when it could not be written."""
+        """Wait until the last checkpoint is on disk. Raises TrainingError when it could not be written."""
         self.join()
         if self._failure is not None:
             raise self._failure
@@ -168,7 +168,9 @@ class Saver:
             reason = getattr(error, "strerror", None) or str(error).rpartition("I/O error: ")[2]
             good = newest(self._out)
             last = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
-            self._failure = TrainingError(f"cannot save {target}: {reason}; {last}: make room and go on with --resume")
+            self._failure = TrainingError(
+                f"cannot save {target}: {reason}; {last}: make room, then resume with --resume"
+            )
 
     def _write(self, temporary: Path, snapshot: Snapshot) -> None:
         (temporary / "training").mkdir(parents=True)
@@ -185,16 +187,16 @@ class Saver:
         write_atomic(temporary / "training" / "state.json", (json.dumps(state, indent=1) + "\n").encode())
 
     def _prune(self) -> None:
-        for path in found(self._out)[: -self._keep]:
+        for path in checkpoints(self._out)[: -self._keep]:
             step = int(path.name.removeprefix("step-"))
             if self._every is None or step % self._every:
-                gone = path.with_name(f".{path.name}{TEMPORARY}")
-                os.replace(path, gone)
-                shutil.rmtree(gone, ignore_errors=True)
+                hidden = path.with_name(f".{path.name}{TEMPORARY}")  # never half a checkpoint under its name
+                os.replace(path, hidden)
+                shutil.rmtree(hidden, ignore_errors=True)
 
 
 def whole(value: torch.Tensor) -> torch.Tensor:
-    """A tensor that may be sharded over ranks, gathered; all of them must call it."""
+    """Gather a tensor that may be sharded over ranks. Every rank must call it."""
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 

@@ -1,17 +1,17 @@
-"""Label shards as an endless stream of packed sequences, shuffled, sharded over ranks and workers, and resumable.
+"""Label shards as an endless, resumable stream of packed sequences, shuffled and sharded over ranks and workers.
 
     stream = loader(open_labels("gs://bucket/labelled", None), batch=8, context=1024, columns={"factual"}, ...)
     batch = next(stream)      # ids (8, 1025) int32, factual (8, 1024) bool, aligned with the targets ids[:, 1:]
-    place = stream.state_dict()
+    position = stream.state_dict()
 
 Documents follow one another, the end token before each: `eos d0 d1 .. dn eos e0 e1 ..`. A sequence is context + 1
-consecutive tokens, and the next one begins with its last token. So nothing is padded or dropped, and every token is a
-target once in an epoch.
+consecutive tokens, and the next one begins with its last token. Nothing is padded or dropped: every token is a target
+once in an epoch.
 
 The units of shuffling are parts, or every k-th row of a part that is too large a share of the corpus. In each epoch
 they are permuted and dealt to slots; a slot is one worker of one rank. A slot reads consecutive units into a buffer
-and permutes the documents in it, while a thread fills the next buffer. Which units a buffer holds follows from the
-records of the parts alone, so a place in the stream is three numbers: epoch, buffer, and token in the buffer.
+and permutes the documents in it, while a thread fills the next buffer. The units of a buffer follow from the records of
+the parts alone, so a position in the stream is three numbers: epoch, buffer, and token in the buffer.
 """
 
 import math
@@ -72,14 +72,15 @@ def loader(
     buffer_tokens: int = BUFFER_TOKENS,
     positions: bool = False,
 ) -> "Stream":
-    """The documents that are not held out, in micro-batches of `batch` sequences of `context` targets, without end.
+    """Stream the documents that are not held out, in micro-batches of `batch` sequences of `context` targets.
 
-    columns        of COLUMNS, that a batch has beside the ids
-    rank, ranks    which share of the documents of an epoch this is
-    workers        processes that read; 0 reads in this one. Their number changes the order of the documents
-    holdout        share of the documents left out, by a hash of their ids; see `held_out`
-    buffer_tokens  that each worker shuffles at a time; it keeps twice as many in memory
-    positions      batches have "positions", which begin anew at each end token
+    Args:
+        columns: names of COLUMNS that a batch has beside the ids.
+        rank, ranks: the share of the documents that this stream reads in an epoch.
+        workers: processes that read; 0 reads in this one. Their number changes the order of the documents.
+        holdout: share of the documents left out, by a hash of their ids; see `held_out`.
+        buffer_tokens: tokens that each worker shuffles at a time; it keeps twice as many in memory.
+        positions: add "positions" to batches, which restart at each end token.
 
     Raises DatasetError when the shards lack a column, or when there are fewer documents than slots.
     """
@@ -109,29 +110,28 @@ def held_out(
     positions: bool = False,
     max_tokens: int | None = None,
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """The held-out documents in corpus order, packed as `loader` packs, at most `max_tokens` targets over all ranks.
+    """Yield the held-out documents in corpus order, packed as in `loader`, with at most `max_tokens` targets in all.
 
-    Batches have "real" (B, T) bool too, false where the last sequences are padded. Sequence i goes to rank i % ranks,
-    and every rank gets as many batches, so the last ones may hold nothing real. It reads all parts up to `max_tokens`:
-    keep the batches rather than asking again. Raises DatasetError as `loader` does, and NothingHeldOutError, both
-    from the iterator too.
+    Batches also have "real" (B, T) bool, false where the last sequences are padded. Sequence i goes to rank i % ranks,
+    and every rank gets the same number of batches, so the last ones may be all padding. All parts up to `max_tokens`
+    are read, so keep the batches rather than calling again. Raises DatasetError as `loader` does, and
+    NothingHeldOutError, also from the iterator.
     """
     shards.require(labels, columns)
     rows = batch * ranks
     return (
-        {name: torch.from_numpy(np.ascontiguousarray(values[rank::ranks])) for name, values in found.items()}
+        {name: torch.from_numpy(np.ascontiguousarray(values[rank::ranks])) for name, values in sequences.items()}
         for arrays, real in _packed(labels, ("ids", *columns), rows * context, holdout, max_tokens)
-        for found in [_sequences(arrays, context, labels.eos_id, positions) | {"real": real.reshape(rows, context)}]
+        for sequences in [_sequences(arrays, context, labels.eos_id, positions) | {"real": real.reshape(rows, context)}]
     )
 
 
 class Stream:
-    """Micro-batches without end, and the place in them.
+    """An endless stream of micro-batches, and the position in it.
 
-    A batch is a dict of tensors: "ids" (B, T + 1) int32; for the targets ids[:, 1:], each
-    column of COLUMNS that was asked for, (B, T): "label" int8, "factual" bool, "ref_nll" float32 and "judge" float32,
-    NaN where there is none; and "positions" (B, T) int64 of the inputs ids[:, :-1]. `next` raises DatasetError for
-    damaged or unreadable parts.
+    A batch is a dict of tensors: "ids" (B, T + 1) int32; for the targets ids[:, 1:], each requested column of COLUMNS,
+    (B, T): "label" int8, "factual" bool, "ref_nll" float32 and "judge" float32, NaN where there is none; and
+    "positions" (B, T) int64 of the inputs ids[:, :-1]. `next` raises DatasetError for damaged or unreadable parts.
     """
 
     def __init__(self, share: "_Share"):
@@ -144,7 +144,7 @@ class Stream:
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload(["torchdata.stateful_dataloader", __name__])
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # by torch, of torchdata
+            warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torch warns about torchdata
             self._loader = StatefulDataLoader(
                 share,
                 batch_size=None,
@@ -157,7 +157,7 @@ class Stream:
 
     @property
     def epoch(self) -> float:
-        """How often the documents of this rank have been read, on average over its workers."""
+        """Passes over the documents of this rank, on average over its workers."""
         return sum(self._epochs) / len(self._epochs)
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
@@ -169,21 +169,21 @@ class Stream:
             if self._batches is None:
                 self._batches = self._begin()
             worker, epoch, arrays = next(self._batches)
-        except DatasetError as error:  # torch puts the traceback of a worker in front
+        except DatasetError as error:  # torch prepends the traceback of a worker
             failure = str(error).strip().rpartition("DatasetError: ")[2]
             error.__traceback__ = None  # in a cycle with a frame of torch, it would keep the workers alive
         except RuntimeError as error:
             if "exited unexpectedly" not in str(error):
                 raise
-            failure = "a loader worker was killed, perhaps for want of memory: use fewer workers or smaller buffers"
-        if failure:  # raised out here, its context does not keep them alive either
+            failure = "a loader worker was killed, perhaps for lack of memory: use fewer workers or smaller buffers"
+        if failure:  # raised here, so that its context does not keep them alive either
             raise DatasetError(failure)
         self._epochs[worker] = epoch
         return {name: torch.from_numpy(values) for name, values in arrays.items()}
 
     def _begin(self) -> Iterator[tuple[int, float, Arrays]]:
-        """Start the workers, deaf to the signals that a group of processes is stopped by: the first process decides."""
-        resource_tracker.ensure_running()  # which would let them through again
+        """Start the workers with SIGTERM and SIGINT blocked: only the main process reacts when a group is stopped."""
+        resource_tracker.ensure_running()  # it would unblock the signals again
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
         try:
             return iter(self._loader)
@@ -191,7 +191,7 @@ class Stream:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def state_dict(self) -> dict[str, Any]:
-        """The place behind the last batch taken, whatever workers have read ahead; plain JSON."""
+        """The position after the last batch returned, whatever workers have read ahead; plain JSON."""
         return {
             "version": STATE_VERSION,
             "geometry": self._share.geometry(),
@@ -200,22 +200,22 @@ class Stream:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on behind the batch that `state` was taken at. Raises DatasetError when that was another stream."""
+        """Continue after the batch at which `state` was taken. Raises DatasetError for the state of another stream."""
         _same_stream(state, self._share.geometry())
         self.close()
         self._epochs = list(state["epochs"])
         self._loader.load_state_dict(state["loader"])
 
     def close(self) -> None:
-        """End the workers; the next batch is then the first one again."""
+        """End the workers. The next batch is then the first one again."""
         self._batches = None
         self._epochs = [0.0] * len(self._epochs)
-        self._loader.load_state_dict({})  # lets go of the iterator, which ends its workers
+        self._loader.load_state_dict({})  # drops the iterator, which ends its workers
 
 
 @dataclass(frozen=True)
 class _Share(IterableDataset):
-    """What one rank reads. Iterated in each worker, as a slot of its own."""
+    """The documents of one rank. Each worker iterates over it as a slot."""
 
     labels: Labels
     columns: tuple[str, ...]
@@ -234,7 +234,7 @@ class _Share(IterableDataset):
         return _Slot(self, info.id if info else 0)
 
     def geometry(self) -> dict[str, Any]:
-        """All that decides which batch comes when."""
+        """Everything that decides the order of the batches."""
         return {"fingerprint": self.labels.fingerprint} | {name: getattr(self, name) for name in _GEOMETRY}
 
 
@@ -243,9 +243,9 @@ class _Buffer:
     epoch: int
     number: int
     arrays: Arrays
-    begins: float  # the share of the slot's epoch that is before it
+    begins: float  # share of the slot's epoch before it
     share: float
-    is_last: bool  # of its epoch
+    is_last: bool  # in its epoch
 
     @property
     def next(self) -> tuple[int, int]:
@@ -253,7 +253,7 @@ class _Buffer:
 
 
 class _Slot:
-    """The batches of one worker of one rank, as (worker, epochs read, arrays)."""
+    """An iterator over the batches of one worker of one rank: (worker, epochs read, arrays)."""
 
     def __init__(self, share: _Share, worker: int):
         self._share = share
@@ -261,16 +261,16 @@ class _Slot:
         self._slots = share.ranks * max(1, share.workers)
         self._slot = share.rank * max(1, share.workers) + worker
         self._cuts = _cuts(share.labels, self._slots)
-        self._place = {"epoch": 0, "buffer": 0, "token": 0}  # where the next sequence begins
+        self._position = {"epoch": 0, "buffer": 0, "token": 0}  # where the next sequence begins
         self._buffer: _Buffer | None = None
         self._thread = ThreadPoolExecutor(1, "fill")
         self._ahead: Future[_Buffer] | None = None
 
     def state_dict(self) -> dict[str, int]:
-        return dict(self._place)
+        return dict(self._position)
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self._place = dict(state)
+        self._position = dict(state)
         self._buffer = self._ahead = None
 
     def __iter__(self) -> "_Slot":
@@ -279,8 +279,8 @@ class _Slot:
     def __next__(self) -> tuple[int, float, Arrays]:
         share = self._share
         if self._buffer is None:
-            self._buffer = self._fill(self._place["epoch"], self._place["buffer"])
-        buffer, first = self._buffer, self._place["token"]
+            self._buffer = self._fill(self._position["epoch"], self._position["buffer"])
+        buffer, first = self._buffer, self._position["token"]
         missing = share.batch * share.context + 1
         pieces = []
         while True:
@@ -294,26 +294,26 @@ class _Slot:
             buffer, first, self._ahead = self._ahead.result(), 0, None
         token = first + len(piece["ids"]) - 1
         self._buffer = buffer
-        self._place = {"epoch": buffer.epoch, "buffer": buffer.number, "token": token}
+        self._position = {"epoch": buffer.epoch, "buffer": buffer.number, "token": token}
         epochs = buffer.epoch + buffer.begins + buffer.share * token / len(buffer.arrays["ids"])
         arrays = _sequences(_joined(pieces), share.context, share.labels.eos_id, share.positions)
         return self._worker, epochs, arrays
 
     def _fill(self, epoch: int, number: int) -> _Buffer:
-        """The first buffer from this place on that has a document."""
+        """Read the first buffer from this position on that has a document."""
         share = self._share
         for _ in range(EMPTY_EPOCHS):
             plan = self._plan(epoch)
             sizes = np.array([size for _, size in plan])
             for later in range(number, len(plan)):
                 documents = [self._read(part, cuts) for part, cuts in plan[later][0].items()]
-                lengths = np.concatenate([found.lengths for found in documents])
+                lengths = np.concatenate([read.lengths for read in documents])
                 if len(lengths):
                     rng = np.random.default_rng([share.seed, epoch, 1 + self._slot, later])
                     return _Buffer(
                         epoch=epoch,
                         number=later,
-                        arrays=_permuted(lengths, [found.arrays for found in documents], rng.permutation(len(lengths))),
+                        arrays=_permuted(lengths, [read.arrays for read in documents], rng.permutation(len(lengths))),
                         begins=float(sizes[:later].sum() / sizes.sum()),
                         share=float(sizes[later] / sizes.sum()),
                         is_last=later == len(plan) - 1,
@@ -325,7 +325,7 @@ class _Slot:
         )
 
     def _plan(self, epoch: int) -> list[tuple[dict[int, list[int]], float]]:
-        """The buffers of an epoch: which cuts of which parts, and about how many tokens."""
+        """The buffers of an epoch: the cuts of each part, and the approximate number of tokens."""
         records = self._share.labels.records
         part = np.repeat(np.arange(len(records)), self._cuts)
         cut = np.arange(len(part)) - np.repeat(np.cumsum(self._cuts) - self._cuts, self._cuts)
@@ -355,7 +355,7 @@ class _Slot:
 
 
 def _cuts(labels: Labels, slots: int) -> np.ndarray:
-    """(parts,) int64: in how many units of about equal size each part is dealt, so that a slot gets UNITS or more."""
+    """(parts,) int64: the about equal units in which each part is dealt, so that a slot gets UNITS or more."""
     rows = np.array([record.rows for record in labels.records])
     if slots == 1:
         return np.ones_like(rows)
@@ -364,32 +364,32 @@ def _cuts(labels: Labels, slots: int) -> np.ndarray:
 
 
 def _sequences(arrays: Arrays, context: int, eos: int, positions: bool) -> Arrays:
-    """B * context + 1 tokens as B sequences; what stands in a batch."""
+    """Cut B * context + 1 tokens into the B sequences of a batch."""
     ids = np.lib.stride_tricks.sliding_window_view(arrays["ids"], context + 1)[::context].copy()
-    found = {name: values[1:].reshape(-1, context).copy() for name, values in arrays.items() if name != "ids"}
-    found["ids"] = ids
+    sequences = {name: values[1:].reshape(-1, context).copy() for name, values in arrays.items() if name != "ids"}
+    sequences["ids"] = ids
     if positions:
-        place = np.arange(context)
-        begins = np.where(ids[:, :-1] == eos, place, 0)
-        found["positions"] = place - np.maximum.accumulate(begins, axis=1)
-    return found
+        column = np.arange(context)
+        begins = np.where(ids[:, :-1] == eos, column, 0)
+        sequences["positions"] = column - np.maximum.accumulate(begins, axis=1)
+    return sequences
 
 
 def _packed(
     labels: Labels, names: tuple[str, ...], tokens: int, holdout: float, max_tokens: int | None
 ) -> Iterator[tuple[Arrays, np.ndarray]]:
-    """The held-out documents in pieces of tokens + 1, the last padded with end tokens; and which targets are real."""
+    """Yield held-out documents in pieces of tokens + 1, the last padded with end tokens, and a mask of real targets."""
     left = math.inf if max_tokens is None else max_tokens
     waiting: list[Arrays] = []
     count = 0
-    found = False
+    any_held_out = False
     for record in labels.records:
         with shards.opened(labels, record) as file:
             rows = np.flatnonzero(shards.is_held(file, holdout))
             documents = shards.documents(labels, file, rows, names) if len(rows) else None
         if documents is None or not len(documents.lengths):
             continue
-        found = True
+        any_held_out = True
         waiting.append(documents.arrays)
         count += len(documents.arrays["ids"])
         if count > min(tokens, left):
@@ -403,7 +403,7 @@ def _packed(
             if not left:
                 return
             waiting, count = [arrays], len(arrays["ids"])
-    if not found:
+    if not any_held_out:
         raise NothingHeldOutError(
             f"none of the documents of {labels.root} is held out by a holdout of {holdout:g}: use a larger one, or 0"
         )
@@ -434,7 +434,7 @@ def _same_stream(state: dict[str, Any], now: dict[str, Any]) -> None:
     new = "or start a new run from its weights with --model"
     if state.get("version") != STATE_VERSION:
         raise DatasetError(
-            f"the checkpoint's place in the data has version {state.get('version')}, this lacy reads {STATE_VERSION}: "
+            f"the checkpoint's data position has version {state.get('version')}, this lacy reads {STATE_VERSION}: "
             f"resume with the lacy that made it, {new}"
         )
     then = state["geometry"]
@@ -452,7 +452,7 @@ def _same_stream(state: dict[str, Any], now: dict[str, Any]) -> None:
 
 
 def _end_with_parent(_: int) -> None:
-    """In a worker: torch watches the process that forked it: here the server, which survives a killed run."""
+    """End a worker with the run. torch only watches the fork server, which survives a killed run."""
     parent = multiprocessing.parent_process()
     assert parent is not None, "a worker has a parent"
 
@@ -464,5 +464,5 @@ def _end_with_parent(_: int) -> None:
 
 
 def _as_it_is(batch: T) -> T:
-    """Arrays cross from a worker as they are: torch would open a connection for each tensor."""
+    """Return arrays unchanged: torch would open a connection for each tensor."""
     return batch

@@ -1,4 +1,4 @@
-"""Validation on the held-out documents: how well the model writes, and whether it calls where it would be wrong."""
+"""Validation on held-out documents: the losses of the model, and how well p(<CALL>) predicts its errors."""
 
 from collections.abc import Iterable
 
@@ -12,19 +12,19 @@ from lacy.trainer.ranks import Ranks
 
 
 class Validation(BaseModel):
-    """Of the held-out tokens. Losses are nats over the softmax without <CALL>."""
+    """Figures of the held-out tokens. Losses are in nats, over the softmax without <CALL>."""
 
     tokens: int
     nll_factual: float | None  # mean
     nll_other: float | None  # mean of the tokens that are not factual
-    correct: float  # share of tokens that the model writes by itself
-    auc_factual_wrong: float | None  # how well p(<CALL>) tells factual tokens that the model gets wrong from all others
-    auc_factual: float | None  # ... factual tokens from all others
+    correct: float  # share of tokens that are the most likely one other than <CALL>
+    auc_factual_wrong: float | None  # area under the ROC curve of p(<CALL>) for factual tokens predicted wrongly
+    auc_factual: float | None  # the same for all factual tokens
 
 
 @torch.no_grad()
 def validate(learner: nn.Module, batches: Iterable[dict[str, torch.Tensor]], ranks: Ranks) -> Validation:
-    """`batches` are this rank's, from `lacy.trainer.data.held_out`, with "factual". All ranks must call it."""
+    """Validate on this rank's batches of `lacy.trainer.data.held_out`, with "factual". Every rank must call it."""
     columns: list[list[np.ndarray]] = [[], [], [], []]
     training = learner.training
     learner.eval()
@@ -39,8 +39,8 @@ def validate(learner: nn.Module, batches: Iterable[dict[str, torch.Tensor]], ran
         ):
             column.append(values[real].cpu().numpy())
     learner.train(training)
-    mine = [np.concatenate(column) if column else np.zeros(0) for column in columns]
-    nll, margin, correct, factual = (np.concatenate(column) for column in zip(*ranks.gathered(mine), strict=True))
+    own = [np.concatenate(column) if column else np.zeros(0) for column in columns]
+    nll, margin, correct, factual = (np.concatenate(column) for column in zip(*ranks.gathered(own), strict=True))
     factual, correct = factual.astype(bool), correct.astype(bool)
     return Validation(
         tokens=len(nll),
@@ -57,7 +57,7 @@ def _mean(values: np.ndarray) -> float | None:
 
 
 def _auc(score: np.ndarray, wanted: np.ndarray) -> float | None:
-    """By the float32 margin: a rounded probability has too few values once it saturates."""
+    """Area under the ROC curve. `score` is a float32 margin, since probabilities saturate to a few values."""
     if not np.isfinite(score).all() or wanted.all() or not wanted.any():
         return None
     return float(roc_auc_score(wanted, score))

@@ -1,6 +1,6 @@
-"""The vocabulary projection without its logits: three numbers per position, walked over in chunks of rows.
+"""The vocabulary projection in chunks of rows: three numbers for each position, never all the logits.
 
-Everything that the objectives need of a position is
+The objectives need of each position
 
     lse     logsumexp of its logits without <CALL>
     target  the logit of the true token
@@ -12,7 +12,7 @@ buffers that the next chunk reuses: of 64K positions and a vocabulary of 32K, al
 The backward pass computes the logits again, so a training step costs four matrix products of their size. It costs
 three, as plain cross-entropy does, where the caller knows the gradient of `full` beforehand, and promises it:
 
-    weight = has_target / positions_in_the_step                  # (N,), times whatever else the loss is multiplied with
+    weight = has_target / positions_in_the_step                  # (N,), times all other factors of the loss
     stats = project(hidden, embedding, targets, call_id, gradient=weight)
     (weight * torch.where(delegated, stats.full - stats.call, stats.full - stats.target)).sum().backward()
 

@@ -1,4 +1,4 @@
-"""What a run tells: OUT/log.jsonl, TensorBoard, Weights & Biases."""
+"""The log of a run: OUT/log.jsonl, TensorBoard, Weights & Biases."""
 
 import json
 import math
@@ -11,10 +11,10 @@ from lacy.trainer.config import TrainConfig
 
 
 class Log:
-    """One JSON object a line: those of steps have "loss", those of validations "nll_other"."""
+    """Writer of one JSON object for each line. Records of steps have "loss", those of validations "nll_other"."""
 
     def __init__(self, config: TrainConfig, step: int):
-        """`step`: the last of the checkpoint that the run goes on from; what was told after it is taken back."""
+        """Open the log of a run that continues after `step`. Later records are removed."""
         path = config.out / "log.jsonl"
         _cut(path, step)
         self._file = open(path, "a", buffering=1)  # noqa: SIM115 - closed by close()
@@ -49,7 +49,7 @@ def read(out: Path) -> list[dict[str, Any]]:
 
 
 def _cut(path: Path, step: int) -> None:
-    """Leave the records up to a step; a line that a crash broke off goes too."""
+    """Remove the records after a step, and any line that a crash truncated."""
     if not path.exists():
         return
     kept = []

@@ -1,4 +1,4 @@
-"""The small model: a Hugging Face architecture, from a preset or a folder, and how it is laid over devices."""
+"""The small model: a Hugging Face architecture from a preset or a folder, and its placement on devices."""
 
 import json
 from dataclasses import dataclass, replace
@@ -44,7 +44,7 @@ PRESETS = {
 
 
 class Learner(nn.Module):
-    """A network and its vocabulary projection in one forward pass, so that wrappers gather all weights for both."""
+    """A network and its vocabulary projection as one module, so that wrappers gather the weights of both."""
 
     def __init__(self, network: PreTrainedModel, call_id: int):
         super().__init__()
@@ -58,15 +58,17 @@ class Learner(nn.Module):
         gradient: torch.Tensor | None = None,
         measure: bool = False,
     ) -> Stats | Measures:
-        """Ids (B, T+1) to the statistics of their B*T targets, with `gradient` as `lacy.trainer.head.project` has it.
+        """Compute the statistics of the B*T targets in ids (B, T+1).
 
-        `positions` (B, T) restart where a document begins; None: attention crosses documents. With `measure`: what
-        `lacy.trainer.head.measure` gives.
+        Args:
+            positions: (B, T), restart at each document; None lets attention cross documents.
+            gradient: as in `lacy.trainer.head.project`.
+            measure: return what `lacy.trainer.head.measure` does.
         """
         inputs, targets = ids[:, :-1].long(), ids[:, 1:].reshape(-1).long()
         extra = {} if positions is None else {"position_ids": positions, "documents": _documents(positions)}
-        found = self.network.base_model(input_ids=inputs, use_cache=False, **extra)
-        hidden = found.last_hidden_state.flatten(0, 1)  # (B*T, d)
+        output = self.network.base_model(input_ids=inputs, use_cache=False, **extra)
+        hidden = output.last_hidden_state.flatten(0, 1)  # (B*T, d)
         weight = self.network.get_output_embeddings().weight  # (V, d)
         if measure:
             return head.measure(hidden, weight, targets, self.call_id)
@@ -74,7 +76,7 @@ class Learner(nn.Module):
 
 
 def build(config: TrainConfig, labels: Labels) -> PreTrainedModel:
-    """The network in float32 on the CPU, with weights from the seed or from the folder that `config.model` names.
+    """Build the network in float32 on the CPU, with weights from the seed or from the folder `config.model`.
 
     Raises UsageError when the context is longer than the data or the model's positions; TrainingError when there is no
     such preset or folder, or when it cannot be trained on these labels.
@@ -102,7 +104,7 @@ def build(config: TrainConfig, labels: Labels) -> PreTrainedModel:
 
 
 def place(network: PreTrainedModel, call_id: int, config: TrainConfig, ranks: Ranks) -> nn.Module:
-    """The network with its head on this rank's device, wrapped to learn together with the other ranks."""
+    """Move the network with its head to this rank's device, and wrap it to train together with the other ranks."""
     if config.checkpoint_activations:
         network.gradient_checkpointing_enable({"use_reentrant": False})
     learner = Learner(network, call_id).to(ranks.device).train()
@@ -125,14 +127,14 @@ def place(network: PreTrainedModel, call_id: int, config: TrainConfig, ranks: Ra
 
 
 def precision(config: TrainConfig, device: torch.device) -> str:
-    """fp32, tf32 or bf16."""
+    """The arithmetic of a run: fp32, tf32 or bf16."""
     if config.precision != "auto":
         return config.precision
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
 
 
 def context(config: TrainConfig) -> int:
-    """Tokens of a sequence, where the configuration leaves it open."""
+    """Tokens in one sequence: `config.context`, or the default of the model."""
     if config.context:
         return config.context
     if config.model in PRESETS:
@@ -157,7 +159,7 @@ def blocks(network: PreTrainedModel) -> list[nn.Module]:
 
 
 def flops_per_token(network: PreTrainedModel, context: int) -> float:
-    """Of a forward and a backward pass, for the matrix products: 6 N + 12 L d T (PaLM, arXiv 2204.02311, appendix B).
+    """FLOPs of the matrix products in a forward and a backward pass: 6 N + 12 L d T (PaLM, arXiv 2204.02311, app. B).
 
     N leaves out position embeddings, and input embeddings that are not the output's too.
     """
@@ -213,7 +215,7 @@ def _settings(folder: str) -> PreTrainedConfig:
 
 
 def _from_folder(folder: str, labels: Labels) -> PreTrainedModel:
-    """With the folder's weights, or random ones where it has none; with rows for all of the dataset's vocabulary."""
+    """Open a model folder, with random weights where it has none, and with rows for the dataset's whole vocabulary."""
     settings = _settings(folder)
     _same_tokenizer(folder, labels)
     try:
@@ -231,12 +233,12 @@ def _from_folder(folder: str, labels: Labels) -> PreTrainedModel:
 
 
 def _rows(network: PreTrainedModel) -> int:
-    """Of the vocabulary."""
+    """Rows of the input embedding."""
     return len(network.get_input_embeddings().weight)  # type: ignore[arg-type]
 
 
 def _same_tokenizer(folder: str, labels: Labels) -> None:
-    """A model folder with a tokenizer must give every token the id that the dataset gives it."""
+    """Raises TrainingError where a model folder has a tokenizer that gives a token another id than the dataset does."""
     file = Path(folder) / "tokenizer.json"
     if not file.is_file():
         return
@@ -274,7 +276,7 @@ def plain_head(network: PreTrainedModel) -> bool:
 
 
 def tokenizer_files(labels: Labels, context: int) -> dict[str, bytes]:
-    """Names and contents of the files that let `transformers` and vLLM open the dataset's tokenizer."""
+    """Files, by name, with which `transformers` and vLLM open the dataset's tokenizer."""
     settings = labels.tokenizer_config | {
         "bos_token": labels.eos_token,
         "pad_token": labels.eos_token,
@@ -299,7 +301,7 @@ def _attend(
 ) -> tuple[torch.Tensor, None]:
     """Causal attention for packed sequences, (B, heads, T, head width) to (B, T, heads, head width).
 
-    The library's own asks on the device in every pass whether documents are packed, which stalls a GPU.
+    The library's own attention asks the device in every pass whether documents are packed, which stalls a GPU.
     """
     grouped = query.shape[1] != key.shape[1]
     if documents is None or isinstance(documents, torch.Tensor):
@@ -320,14 +322,14 @@ def _attend(
 
 
 def _documents(positions: torch.Tensor) -> Any:
-    """What attention within documents needs: a BlockMask on a GPU, else a mask (B, 1, T, T) bool."""
+    """The mask of attention within documents: a BlockMask on a GPU, else (B, 1, T, T) bool."""
     document = (positions == 0).cumsum(1)  # (B, T)
     rows, length = positions.shape
     if positions.device.type == "cuda":
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
         global _flex
-        _flex = _flex or torch.compile(flex_attention)  # here, as blocks that are compiled must find it made
+        _flex = _flex or torch.compile(flex_attention)  # made here, before the compiled blocks use it
 
         def within(b: Any, h: Any, q: Any, k: Any) -> Any:
             return (q >= k) & (document[b, q] == document[b, k])

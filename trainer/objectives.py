@@ -1,4 +1,4 @@
-"""What an SLM is trained to do at each position: predict the true token, emit <CALL>, or nothing.
+"""Training objectives: at each position the SLM learns the true token, <CALL>, or nothing.
 
 An objective chooses positions. The others learn their true token; the chosen ones get the target <CALL>, or no target
 at all where the objective's name begins with "ignore-".
@@ -83,13 +83,13 @@ def columns(objective: Objective) -> set[str]:
     return set(_NEEDS[objective.name])
 
 
-# How many: from the data alone.
+# The number of chosen positions, which follows from the data alone.
 
 
 def candidates(objective: Objective, batch: Batch, eos_id: int) -> Tensor:
     """(B, T) bool: the positions that may be chosen; for lacy-static those that are.
 
-    Never the end token, nor a document's first token: nothing stands before it from which to call.
+    Never an end token, nor the first token of a document, which has no text before it.
     """
     inputs, targets = batch["ids"][:, :-1], batch["ids"][:, 1:]
     inside = (inputs != eos_id) & (targets != eos_id)
@@ -108,7 +108,7 @@ def candidates(objective: Objective, batch: Batch, eos_id: int) -> Tensor:
 
 
 def ignored(objective: Objective, batch: Batch) -> Tensor:
-    """(B, T) bool: the positions without a target whichever are chosen."""
+    """(B, T) bool: the positions that have no target, whatever is chosen."""
     if objective.name == "lacy-static":
         return batch["label"] == IGNORE
     return torch.zeros_like(batch["ids"][:, 1:], dtype=torch.bool)
@@ -122,24 +122,24 @@ def count(objective: Objective, batch: Batch, eos_id: int) -> Tensor:
 
 
 def quota(objective: Objective, counts: Sequence[int], budget: float) -> int:
-    """How many positions of a micro-batch are chosen, given the sum of its `count` over ranks.
+    """The number of positions chosen in a micro-batch, given the sum of its `count` over ranks.
 
-    The budget is a share of all positions, rounded to the nearest number (half to even), of which there may be fewer
-    candidates; it is of no effect for standard and lacy-static. Raises ValueError for a budget outside 0 to 1.
+    The budget is a share of all positions, rounded to the nearest number (half to even), or fewer where there are not
+    as many candidates; it has no effect for standard and lacy-static. Raises ValueError for a budget outside 0 to 1.
     """
     if not 0 <= budget <= 1:
-        raise ValueError(f"a budget is from 0 to 1, not {budget}")
+        raise ValueError(f"a budget is between 0 and 1, not {budget}")
     possible, positions, _ = counts
     return min(possible, round(budget * positions)) if objective.budgeted else possible
 
 
-# Which: the highest scores.
+# The choice of positions by their scores.
 
 
 def score(
     objective: Objective, batch: Batch, nll: Tensor | None = None, *, seed: int = 0, first_row: int = 0
 ) -> Tensor:
-    """(B, T): what the candidates of an objective with a budget are ranked by, the highest chosen first.
+    """(B, T): the scores that rank the candidates of an objective with a budget; the highest are chosen first.
 
     Args:
         nll: (B, T), the current loss; for dynamic objectives.
@@ -209,7 +209,7 @@ def _sortable(scores: Tensor) -> Tensor:
     return bits ^ (bits >> 31 & 0x7FFFFFFF)
 
 
-# What it costs.
+# The loss.
 
 
 def losses(stats: Stats, chosen: Tensor, learn_softmax: str = "full") -> Tensor:

@@ -1,4 +1,4 @@
-"""AdamW, and how the learning rate goes over a run."""
+"""AdamW and the schedule of the learning rate."""
 
 import math
 from typing import Any
@@ -12,7 +12,7 @@ DEFAULT_WARMUP = 200  # steps
 
 
 def build(network: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """Fused AdamW; matrices decay, vectors (biases, norms) do not."""
+    """Build a fused AdamW. Weight decay applies to matrices, not to vectors (biases, norms)."""
     parameters = [p for p in network.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
@@ -24,11 +24,12 @@ def build(network: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
 def rate(config: TrainConfig, peak: float, step: int, progress: float, steps: int | None) -> float:
     """The learning rate of step `step` (from 0).
 
-    progress  share of the run that is done, 0 to 1, by the limit that is nearest
-    steps     of the whole run, where that is known
+    Args:
+        progress: share of the run that is done, 0 to 1, by the nearest limit.
+        steps: steps of the whole run, where they are known.
 
-    cosine: half a cosine from the peak to min_lr. wsd (warm-up, stable, decay; arXiv 2404.06395): the peak, and over
-    the last `decay` of the run a line to min_lr. Both after a linear warm-up.
+    After a linear warm-up, `cosine` follows half a cosine from the peak to min_lr; `wsd` (warm-up, stable, decay; arXiv
+    2404.06395) stays at the peak and falls linearly to min_lr over the last `decay` of the run.
     """
     warmup = config.warmup
     if warmup is None:

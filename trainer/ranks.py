@@ -1,4 +1,4 @@
-"""The processes of one run, as `torchrun` starts them; one alone where it does not."""
+"""The processes of one run, as started by `torchrun`; a single one without it."""
 
 import os
 from collections.abc import Callable
@@ -24,22 +24,22 @@ class Ranks:
 
     @property
     def joined(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
-        """A tensor (n,) to those of all ranks (ranks * n,), in order of rank; None where there is one rank."""
+        """A function that gathers (n,) of each rank into (ranks * n,), in order of rank; None for a single rank."""
         return _joined if self.count > 1 else None
 
     def total(self, values: torch.Tensor) -> torch.Tensor:
-        """The sum over ranks, on each of them; in place, on the tensor's own device."""
+        """Sum over ranks, in place and on the tensor's own device; each rank gets the sum."""
         if self.count > 1:
             dist.all_reduce(values)
         return values
 
     def gathered(self, value: Any) -> list[Any]:
-        """The small objects of all ranks, in order, on each of them."""
+        """Gather a small object from every rank, in order of rank; each rank gets all of them."""
         if self.count == 1:
             return [value]
-        found: list[Any] = [None] * self.count
-        dist.all_gather_object(found, value)
-        return found
+        values: list[Any] = [None] * self.count
+        dist.all_gather_object(values, value)
+        return values
 
     def wait(self) -> None:
         if self.count > 1:
@@ -51,11 +51,13 @@ class Ranks:
 
 
 def join(config: TrainConfig) -> Ranks:
-    """Join the other ranks. Raises TrainingError when the device is not there."""
+    """Join the other ranks. Raises TrainingError when there is no such device."""
     count, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     has_gpu = torch.cuda.is_available()
     if config.device == "cuda" and not has_gpu:
-        raise TrainingError("--device cuda: torch sees no GPU here (leave it out to train on the CPU)", usage=True)
+        raise TrainingError(
+            "--device cuda: torch sees no GPU here (leave the option out to train on the CPU)", usage=True
+        )
     if config.device == "cpu" or not has_gpu:
         device = torch.device("cpu")
     else:
@@ -70,6 +72,6 @@ def join(config: TrainConfig) -> Ranks:
 
 
 def _joined(values: torch.Tensor) -> torch.Tensor:
-    found = [torch.empty_like(values) for _ in range(dist.get_world_size())]
-    dist.all_gather(found, values.contiguous())
-    return torch.cat(found)
+    pieces = [torch.empty_like(values) for _ in range(dist.get_world_size())]
+    dist.all_gather(pieces, values.contiguous())
+    return torch.cat(pieces)

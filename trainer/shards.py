@@ -1,4 +1,4 @@
-"""Label shards, on disk or in an object store: what of a dataset can be learnt from, and its parts, checked as read."""
+"""Label shards, in a folder or an object store, checked as they are read."""
 
 import json
 from collections.abc import Collection, Iterable, Iterator
@@ -31,7 +31,7 @@ from lacy.schemas.parts import LABELS
 
 HELD_OUT: Final = 2  # documents; `lacy eval delegation` needs as many
 
-# What stands at an end token.
+# Values at an end token.
 COLUMNS: Final = {
     "label": np.array(LEARN, np.int8),
     "factual": np.array(False),
@@ -48,16 +48,16 @@ Arrays = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Labels:
-    """A label set to learn from."""
+    """A label set to train on."""
 
-    root: Path  # of the dataset; a UPath, which has the same methods, in an object store
+    root: Path  # the dataset's; a UPath, which has the same methods, in an object store
     name: str
     records: tuple[LabelRecord, ...] = field(repr=False)  # parts with documents, in corpus order
     tokens: int
     call_id: int
     eos_id: int
     eos_token: str
-    vocab_size: int  # the largest id of the tokenizer, and one
+    vocab_size: int  # the largest id of the tokenizer plus one
     tokenizer_json: bytes = field(repr=False)
     tokenizer_config: dict[str, Any] = field(repr=False)
     fingerprint: str  # of the tokenizer and the bytes of all parts
@@ -65,9 +65,9 @@ class Labels:
 
 @dataclass(frozen=True)
 class Documents:
-    """D documents one after the other, each with its end token in front.
+    """D documents in a row, each preceded by an end token.
 
-    lengths  (D,) int64, tokens with the end token
+    lengths  (D,) int64, tokens of each with its end token
     arrays   "ids" and columns, each (sum of lengths,)
     """
 
@@ -76,7 +76,7 @@ class Documents:
 
 
 def open_labels(dataset: str, labels: str | None) -> Labels:
-    """The label set `labels` of a folder or URL; None takes lacy where there is one, else the first by name.
+    """Open the label set `labels` of a folder or URL; None is lacy where there is one, else the first by name.
 
     Raises DatasetError when there is none, when it does not cover the dataset, or when the dataset's tokenizer is not
     the one that it was labelled with or lacks <CALL> or an end token.
@@ -86,9 +86,9 @@ def open_labels(dataset: str, labels: str | None) -> Labels:
     sets = label_sets(root)
     if not sets:
         raise DatasetError(f"{dataset} has no labels: lacy decide makes them")
-    found = sets[pick_labels(dataset, sets, labels) or ""]
-    _covers(dataset, manifest, found)
-    records = tuple(record for record in found.parts if record.rows)
+    picked = sets[pick_labels(dataset, sets, labels) or ""]
+    _covers(dataset, manifest, picked)
+    records = tuple(record for record in picked.parts if record.rows)
     content, settings, eos_token = _tokenizer_files(root, manifest)
     eos_id, vocab_size = _ids(root, content, eos_token)
     call_id = manifest.tokenizer.get("call_id")
@@ -97,7 +97,7 @@ def open_labels(dataset: str, labels: str | None) -> Labels:
     identity = [manifest.tokenizer["sha256"], *((record.name, record.sha256) for record in records)]
     return Labels(
         root=root,
-        name=found.name,
+        name=picked.name,
         records=records,
         tokens=sum(record.tokens for record in records),
         call_id=call_id,
@@ -111,7 +111,7 @@ def open_labels(dataset: str, labels: str | None) -> Labels:
 
 
 def require(labels: Labels, columns: Collection[str]) -> None:
-    """Raises DatasetError when the shards have nothing in a column, by the first part that could."""
+    """Raises DatasetError when a column is missing or empty, as the first part with scorable tokens shows."""
     unknown = set(columns) - COLUMNS.keys()
     if unknown:
         raise ValueError(f"no such columns: {', '.join(sorted(unknown))}")
@@ -128,7 +128,7 @@ def require(labels: Labels, columns: Collection[str]) -> None:
 
 @contextmanager
 def opened(labels: Labels, record: LabelRecord) -> Iterator[pq.ParquetFile]:
-    """A part, read once and checked against its record."""
+    """Open a part, read once and checked against its record. Raises DatasetError for a damaged part."""
     path = labels_path(labels.root, labels.name, record.name)
     again = f"lacy check says what else is damaged, lacy decide --name {labels.name} writes the labels again"
     try:
@@ -140,17 +140,17 @@ def opened(labels: Labels, record: LabelRecord) -> Iterator[pq.ParquetFile]:
     try:
         yield pq.ParquetFile(pa.BufferReader(data))
     except (pa.ArrowException, OSError) as error:
-        raise DatasetError(f"{path} is no Parquet file that can be read ({_line(error)}): {again}") from None
+        raise DatasetError(f"{path} cannot be read as Parquet ({_line(error)}): {again}") from None
     except _PartError as error:
         raise DatasetError(f"{path}: {error}: {again}") from None
 
 
 class _PartError(Exception):
-    """What is wrong with a part."""
+    """A fault of a part."""
 
 
 def documents(labels: Labels, file: pq.ParquetFile, rows: np.ndarray, names: tuple[str, ...]) -> Documents:
-    """The documents of some rows; those without a token are left out."""
+    """Read the documents of some rows, without those that have no token."""
     lists = _lists(file, names)
     offsets = lists["ids"].offsets.to_numpy()
     for name, values in lists.items():
@@ -161,7 +161,7 @@ def documents(labels: Labels, file: pq.ParquetFile, rows: np.ndarray, names: tup
     if len(ids) and not 0 <= ids.min() <= ids.max() < labels.vocab_size:
         raise _PartError(f"a token id is not one of the tokenizer's {labels.vocab_size}")
     if (ids == labels.call_id).any():
-        raise _PartError("<CALL> stands among the tokens")
+        raise _PartError("<CALL> is among the tokens")
     if len(ids) and "label" in arrays and not 0 <= arrays["label"].min() <= arrays["label"].max() < len(LABEL_NAMES):
         raise _PartError("a label is none of " + ", ".join(LABEL_NAMES))
     rows = rows[np.diff(offsets)[rows] > 0]
@@ -183,12 +183,12 @@ def _lists(file: pq.ParquetFile, names: Iterable[str]) -> dict[str, pa.ListArray
         if file.schema_arrow.field(column).type != LABELS.field(column).type:
             raise _PartError(f"its column {column} is {file.schema_arrow.field(column).type}")
     table = file.read([_column(name) for name in names], use_threads=False)
-    found = {name: table[_column(name)].combine_chunks() for name in names}
-    for name, values in found.items():
+    lists = {name: table[_column(name)].combine_chunks() for name in names}
+    for name, values in lists.items():
         may_lack = name in ("ref_nll", "judge")
         if values.null_count or (values.values.null_count and not may_lack):
             raise _PartError(f"{_column(name)} has nulls")
-    return found
+    return lists
 
 
 def _column(name: str) -> str:
@@ -239,27 +239,27 @@ def _is_void(file: pq.ParquetFile, name: str) -> bool:
 
 
 def runs(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """The places of runs of tokens, one after the other: int64 (sum of lengths,)."""
+    """Indices of the tokens of several runs, concatenated: int64 (sum of lengths,)."""
     ends = np.cumsum(lengths)
     return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - lengths), lengths)
 
 
 def _covers(dataset: str, manifest: Manifest, labels: LabelSet) -> None:
-    """Raises DatasetError when the labels are not those of the manifest's documents, or when there is none."""
+    """Raises DatasetError when the labels do not fit the manifest's documents, or when there are no documents."""
     wanted = {record.name: (record.rows, record.tokens) for record in manifest.parts if record.rows}
-    found = {record.name: (record.rows, record.tokens) for record in labels.parts if record.rows}
-    if wanted != found:
-        wrong = sum(wanted.get(name) != found.get(name) for name in wanted.keys() | found.keys())
+    labelled = {record.name: (record.rows, record.tokens) for record in labels.parts if record.rows}
+    if wanted != labelled:
+        wrong = sum(wanted.get(name) != labelled.get(name) for name in wanted.keys() | labelled.keys())
         raise DatasetError(
             f"label set {labels.name!r} does not fit {dataset}, {wrong} parts differ: "
             f"lacy decide --name {labels.name} writes it again"
         )
     if not wanted:
-        raise DatasetError(f"{dataset} has no document to learn from: label a corpus that has some")
+        raise DatasetError(f"{dataset} has no documents to train on: label a corpus that has some")
 
 
 def _tokenizer_files(root: Path, manifest: Manifest) -> tuple[bytes, dict[str, Any], str]:
-    """tokenizer.json, tokenizer_config.json, and the end token that it names."""
+    """Read tokenizer.json, tokenizer_config.json and the end token that it names."""
     folder = root / "tokenizer"
     again = "copy the whole dataset again, or label the corpus again, into a new folder"
     try:
@@ -275,28 +275,30 @@ def _tokenizer_files(root: Path, manifest: Manifest) -> tuple[bytes, dict[str, A
     if isinstance(eos, dict):
         eos = eos.get("content")
     if not isinstance(eos, str):
-        raise DatasetError(f"{folder} names no eos_token, which parts documents: label with a tokenizer that has one")
+        raise DatasetError(
+            f"{folder} names no eos_token to separate documents with: label with a tokenizer that has one"
+        )
     return content, settings, eos
 
 
 def vocabulary(tokenizer: bytes) -> dict[str, int]:
-    """The ids of all tokens, by a tokenizer.json's contents. Raises Exception: the library has nothing narrower."""
+    """Read the ids of all tokens from a tokenizer.json. Raises Exception, since the library has nothing narrower."""
     from tokenizers import Tokenizer
 
     return Tokenizer.from_str(tokenizer.decode()).get_vocab(with_added_tokens=True)
 
 
 def _ids(root: Path, content: bytes, eos_token: str) -> tuple[int, int]:
-    """The end token's id, and the vocabulary's size."""
+    """The id of the end token and the size of the vocabulary."""
     try:
-        found = vocabulary(content)
+        ids = vocabulary(content)
     except Exception as error:
         raise DatasetError(f"{root}/tokenizer/tokenizer.json cannot be read: {_line(error)}") from None
-    if eos_token not in found:
+    if eos_token not in ids:
         raise DatasetError(
             f"the end token {eos_token!r} is not in the tokenizer of {root}: label with a tokenizer that has it"
         )
-    return found[eos_token], max(found.values()) + 1
+    return ids[eos_token], max(ids.values()) + 1
 
 
 def _line(error: Exception) -> str:

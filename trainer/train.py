@@ -1,11 +1,11 @@
-"""A training run: build or resume, then step after step until a limit is reached.
+"""A training run: build or resume the model, then train step by step until a limit is reached.
 
     lacy train DATASET --out RUN --model gpt2-334m --objective lacy
     torchrun --nproc-per-node 8 -m lacy train DATASET --out RUN
 
 The loss of a step is the sum over its positions with a target, divided by their number in the whole step, over all
-micro-batches and ranks: a position weighs the same wherever it stands. That number is known from the data before any
-forward pass, because how many positions are chosen depends on how many could be, not on which they are.
+micro-batches and ranks, so each position weighs the same. That number is known from the data before any forward pass,
+because the count of chosen positions depends on the count of candidates only.
 """
 
 import math
@@ -55,7 +55,7 @@ Tell = Callable[[str, dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended; `stopped` is the signal that ended it before its limit, if one did."""
+    """End of a run. `stopped` is the signal that ended it before its limit, if any."""
 
     progress: Progress
     stopped: int | None
@@ -63,7 +63,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Run:
-    """What does not change during a run."""
+    """The fixed parts of a run."""
 
     config: TrainConfig
     ranks: Ranks
@@ -84,17 +84,17 @@ class Run:
 
 @dataclass(frozen=True)
 class Step:
-    """The data of one step.
+    """Data of one step on this rank.
 
-    batches  the micro-batches of this rank, on the device
-    counts   (micro-batches, 3) int64 on the host, of this rank: see `objectives.count`
-    place    the loader's state behind them
-    epoch    how often this rank has read its documents
+    batches   micro-batches, on the device
+    counts    (micro-batches, 3) int64 on the host, see `objectives.count`
+    position  state of the loader after them
+    epoch     passes of this rank over its documents
     """
 
     batches: list[Batch]
     counts: torch.Tensor
-    place: dict[str, Any]
+    position: dict[str, Any]
     epoch: float
 
 
@@ -106,12 +106,13 @@ class Stop:
 def train(config: TrainConfig, tell: Tell | None = None) -> Outcome:
     """Run `config`, from its newest checkpoint where there is one.
 
-    `tell` hears, on the first rank, ("start" | "note" | "step" | "valid", what there is to tell). SIGTERM and SIGINT
-    end the run after the step in hand, with a checkpoint. Raises TrainingError and DatasetError.
+    On the first rank, `tell` is called with the kind of an event ("start", "note", "step" or "valid") and its figures.
+    SIGTERM and SIGINT end the run after the current step, with a checkpoint. Raises TrainingError, UsageError and
+    DatasetError.
     """
     ranks = join(config)
     with _stoppable() as stop:
-        outcome = _go(_prepare(config, ranks), stop, tell if tell and ranks.first else _nobody)
+        outcome = _go(_prepare(config, ranks), stop, tell if tell and ranks.first else _ignore)
     ranks.leave()  # not after an error: others may be waiting for this rank, and end when its process does
     return outcome
 
@@ -124,17 +125,17 @@ def _prepare(config: TrainConfig, ranks: Ranks) -> Run:
     if ranks.device.type == "cpu" or config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-        # Else every new buffer is filled first, and nothing here reads one before it is written.
+        # Otherwise every new buffer is filled first, though nothing here reads one before it is written.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    begun = config  # with a model that is there
+    source = config  # names a model that exists: the newest checkpoint has the same architecture
     if not model.is_there(config.model) and (saved := checkpoint.newest(config.out)):
-        begun = config.model_copy(update={"model": str(saved)})
-    network = model.build(begun, labels)
-    torch.manual_seed(config.seed + ranks.rank)  # of dropout
-    context = model.context(begun)
+        source = config.model_copy(update={"model": str(saved)})
+    network = model.build(source, labels)
+    torch.manual_seed(config.seed + ranks.rank)  # for dropout
+    context = model.context(source)
     limits = [config.max_steps] if config.max_steps else []
     if config.epochs or not (config.max_steps or config.gt_tokens):
-        tokens = (config.epochs or 1) * (1 - holdout) * labels.tokens  # end tokens left out
+        tokens = (config.epochs or 1) * (1 - holdout) * labels.tokens  # without end tokens
         limits.append(math.ceil(tokens / (config.accumulate * config.batch * context * ranks.count)))
     learner = model.place(network, labels.call_id, config, ranks)
     return Run(
@@ -155,8 +156,8 @@ def _prepare(config: TrainConfig, ranks: Ranks) -> Run:
 def _open_labels(config: TrainConfig) -> Labels:
     if "://" not in config.dataset and not os.path.exists(config.dataset) and (config.out / "config.yaml").exists():
         raise TrainingError(
-            f"{config.out} was trained on {config.dataset}, which is not there: "
-            f"lacy train DATASET --out {config.out} --resume names where it is now"
+            f"{config.out} was trained on {config.dataset}, which does not exist: "
+            f"name its new place with lacy train DATASET --out {config.out} --resume"
         )
     return shards.open_labels(config.dataset, config.labels)
 
@@ -167,7 +168,7 @@ def _go(run: Run, stop: Stop, tell: Tell) -> Outcome:
     progress, saved = Progress(), None
     resumed = checkpoint.newest(config.out)
     if len(set(ranks.gathered(resumed and resumed.name))) > 1:
-        raise TrainingError(f"ranks see different checkpoints in {config.out}: all machines must share that folder")
+        raise TrainingError(f"ranks find different checkpoints in {config.out}: all machines must share that folder")
     if resumed:
         progress, loader = checkpoint.restore(resumed, run.network, run.optimizer, ranks)
         stream.load_state_dict(loader)
@@ -181,33 +182,33 @@ def _go(run: Run, stop: Stop, tell: Tell) -> Outcome:
     tell("start", _facts(run) | asdict(progress) | {"done": _done(run, progress)})
     clock = _Clock(run, progress)
     held = _held_out(run, tell)
-    place: dict[str, Any] | None = None
+    position: dict[str, Any] | None = None
     try:
         for step in _steps(run, stream):
             counts, ended = _agree(run, step, stop, saver)
             if ended or _done(run, progress) >= 1:
                 break
-            progress, told = _step(run, step, counts, progress)
-            place = step.place
+            progress, sums = _step(run, step, counts, progress)
+            position = step.position
             last = _done(run, progress) >= 1
             saving = last or progress.step % config.save_every == 0
             if saving or progress.step % config.log_every == 0:
-                record = asdict(progress) | _told(run, told, progress) | {"epoch": step.epoch} | clock.read(progress)
+                record = asdict(progress) | _means(run, sums, progress) | {"epoch": step.epoch} | clock.read(progress)
                 tell("step", record | {"done": _done(run, progress)})
                 if log is not None:
                     log.write(record)
             if held and (last or progress.step % config.eval_every == 0):
-                found = {"step": progress.step} | _validate(run, held)
-                tell("valid", found)
+                validation = {"step": progress.step} | _validate(run, held)
+                tell("valid", validation)
                 if log is not None:
-                    log.write(found)
+                    log.write(validation)
                 clock.skip(progress)
             if saving:
-                _save(run, saver, progress, step.place)
+                _save(run, saver, progress, step.position)
                 saved = progress.step
-        if place is not None and saved != progress.step:
-            _told(run, told, progress)  # raises for what is not worth saving
-            _save(run, saver, progress, place)
+        if position is not None and saved != progress.step:
+            _means(run, sums, progress)  # raises where the loss is not finite, which is not worth saving
+            _save(run, saver, progress, position)
         if saver is not None:
             saver.wait()
     finally:
@@ -221,15 +222,15 @@ def _go(run: Run, stop: Stop, tell: Tell) -> Outcome:
 
 
 def _step(run: Run, step: Step, counts: list[list[int]], progress: Progress) -> tuple[Progress, torch.Tensor]:
-    """One update of the weights.
+    """Update the weights once.
 
-    `counts` are those of `Step`, summed over ranks. Returns how far the run is then, and (5,) float64 on the device:
-    this rank's sums, as `objectives.micro_batch` gives them, and the norm of the gradient.
+    `counts` are those of `Step`, summed over ranks. Returns the progress, and (5,) float64 on the device: this rank's
+    sums, as in `objectives.micro_batch`, and the norm of the gradient.
     """
     config, ranks = run.config, run.ranks
     quotas = [objectives.quota(run.objective, row, config.budget) for row in counts]
-    learnt = sum(positions - chosen - ignored for (_, positions, ignored), chosen in zip(counts, quotas, strict=True))
-    targets = learnt + (0 if run.objective.ignore else sum(quotas))
+    learned = sum(positions - chosen - ignored for (_, positions, ignored), chosen in zip(counts, quotas, strict=True))
+    targets = learned + (0 if run.objective.ignore else sum(quotas))
     rate = optimizer.rate(config, model.learning_rate(config), progress.step, _done(run, progress), run.max_steps)
     for group in run.optimizer.param_groups:
         group["lr"] = rate
@@ -255,20 +256,20 @@ def _step(run: Run, step: Step, counts: list[list[int]], progress: Progress) -> 
     norm = nn.utils.clip_grad_norm_(run.network.parameters(), config.clip)
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
-    progress = Progress(progress.step + 1, progress.tokens + run.tokens_per_step, progress.gt_tokens + learnt)
+    progress = Progress(progress.step + 1, progress.tokens + run.tokens_per_step, progress.gt_tokens + learned)
     return progress, torch.cat([total, checkpoint.whole(norm).detach().reshape(1).double()])
 
 
 def _steps(run: Run, stream: data.Stream) -> Iterator[Step]:
-    """Endless; the data of a step is on its way to the device while the step before it is computed."""
+    """Yield steps without end. The data of the next step moves to the device while a step is computed."""
     batches = iter(stream)
 
     def fetch() -> Step:
-        mine = [next(batches) for _ in range(run.config.accumulate)]
+        fetched = [next(batches) for _ in range(run.config.accumulate)]
         return Step(
-            batches=[{name: _moved(values, run.ranks.device) for name, values in batch.items()} for batch in mine],
-            counts=torch.stack([objectives.count(run.objective, batch, run.labels.eos_id) for batch in mine]),
-            place=stream.state_dict(),
+            batches=[{name: _moved(values, run.ranks.device) for name, values in batch.items()} for batch in fetched],
+            counts=torch.stack([objectives.count(run.objective, batch, run.labels.eos_id) for batch in fetched]),
+            position=stream.state_dict(),
             epoch=stream.epoch,
         )
 
@@ -279,37 +280,37 @@ def _steps(run: Run, stream: data.Stream) -> Iterator[Step]:
 
 
 def _moved(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """On its way to the device."""
+    """Start the copy to the device."""
     return values if device.type == "cpu" else values.pin_memory().to(device, non_blocking=True)
 
 
 def _agree(run: Run, step: Step, stop: Stop, saver: checkpoint.Saver | None) -> tuple[list[list[int]], bool]:
-    """Counts of the step over all ranks, and whether any of them wants to end the run here."""
+    """Sum the counts of the step over all ranks, and find out whether any of them wants to end the run."""
     ends = bool(stop.signal) or (saver is not None and saver.failed)
-    together = run.ranks.total(torch.cat([step.counts.flatten(), torch.tensor([int(ends)])])).tolist()
-    return [together[at : at + 3] for at in range(0, len(together) - 1, 3)], bool(together[-1])
+    totals = run.ranks.total(torch.cat([step.counts.flatten(), torch.tensor([int(ends)])])).tolist()
+    return [totals[at : at + 3] for at in range(0, len(totals) - 1, 3)], bool(totals[-1])
 
 
 def _done(run: Run, progress: Progress) -> float:
-    """The share of the run that is done, by the limit that is nearest."""
+    """Share of the run that is done, by the nearest limit."""
     shares = [progress.step / run.max_steps] if run.max_steps else []
     if run.config.gt_tokens:
         shares.append(progress.gt_tokens / run.config.gt_tokens)
     return min(1.0, max(shares))
 
 
-def _told(run: Run, told: torch.Tensor, progress: Progress) -> dict[str, Any]:
-    """What `_step` returned, as means over the targets of all ranks, nats. Waits for the device.
+def _means(run: Run, sums: torch.Tensor, progress: Progress) -> dict[str, Any]:
+    """Turn the sums of `_step` into means over the targets of all ranks, in nats. Waits for the device.
 
-    Raises TrainingError when the loss is no number any more.
+    Raises TrainingError when the loss or the gradient is not finite.
     """
-    learn, learns, call, calls = run.ranks.total(told[:4]).tolist()
-    norm = float(told[4])
+    learn, learns, call, calls = run.ranks.total(sums[:4]).tolist()
+    norm = float(sums[4])
     loss = (learn + call) / max(1, learns + calls)
     if not math.isfinite(loss) or not math.isfinite(norm):
         raise TrainingError(
-            f"the loss of step {progress.step} is {loss}, its gradient's norm {norm}: "
-            f"go on from the last checkpoint with a new run (--model) and a lower --lr or --clip"
+            f"the loss of step {progress.step} is {loss}, and the norm of its gradient {norm}: "
+            f"start a new run from the last checkpoint (--model) with a lower --lr or --clip"
         )
     return {
         "loss": loss,
@@ -322,7 +323,7 @@ def _told(run: Run, told: torch.Tensor, progress: Progress) -> dict[str, Any]:
 
 
 def _held_out(run: Run, tell: Tell) -> list[Batch]:
-    """This rank's batches of the held-out documents, in host memory."""
+    """Load this rank's batches of the held-out documents into host memory."""
     config = run.config
     if not run.holdout:
         return []
@@ -354,16 +355,16 @@ def _held_out(run: Run, tell: Tell) -> list[Batch]:
 
 def _validate(run: Run, held: list[Batch]) -> dict[str, Any]:
     with _autocast(run):
-        found = evaluate.validate(run.learner, held, run.ranks).model_dump()
+        validation = evaluate.validate(run.learner, held, run.ranks).model_dump()
     if isinstance(run.learner, FSDPModule):
         run.learner.reshard()  # as a backward pass would have done
-    return found
+    return validation
 
 
-def _save(run: Run, saver: checkpoint.Saver | None, progress: Progress, place: dict[str, Any]) -> None:
+def _save(run: Run, saver: checkpoint.Saver | None, progress: Progress, position: dict[str, Any]) -> None:
     if saver is not None:
-        saver.join()  # so that there is one snapshot in memory at a time
-    snapshot = checkpoint.take(progress, place, run.network, run.optimizer, run.ranks)
+        saver.join()  # so that only one snapshot is in memory at a time
+    snapshot = checkpoint.take(progress, position, run.network, run.optimizer, run.ranks)
     if saver is not None:
         saver.start(snapshot)
 
@@ -386,14 +387,14 @@ def _loader(run: Run) -> data.Stream:
 
 
 def _autocast(run: Run) -> Any:
-    sharded = run.ranks.count > 1 and run.config.parallel == "fsdp"  # which casts by itself
+    sharded = run.ranks.count > 1 and run.config.parallel == "fsdp"  # FSDP casts by itself
     if sharded or model.precision(run.config, run.ranks.device) != "bf16":
         return nullcontext()
     return torch.autocast(run.ranks.device.type, torch.bfloat16)
 
 
 def _synchronise(run: Run, last: bool) -> None:
-    """Gradients are exchanged once in a step, behind its last micro-batch."""
+    """Exchange gradients once in a step, after its last micro-batch."""
     if isinstance(run.learner, DistributedDataParallel):
         run.learner.require_backward_grad_sync = last
     elif isinstance(run.learner, FSDPModule):
@@ -415,7 +416,7 @@ def _facts(run: Run) -> dict[str, Any]:
 
 
 class _Clock:
-    """Tokens/s since the last reading, validations left out; FLOP utilisation of the dense bf16 peak; memory."""
+    """Measures tokens/s since the last reading without validations, utilisation of the dense bf16 peak, and memory."""
 
     def __init__(self, run: Run, progress: Progress):
         self._ranks = run.ranks
@@ -435,7 +436,7 @@ class _Clock:
 
 
 def _memory(device: torch.device) -> int:
-    """Bytes at the peak: of the GPU, or of this process."""
+    """Peak memory of the GPU or of this process, in bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -450,9 +451,9 @@ def _peak_flops(device: torch.device) -> float | None:
 
 @contextmanager
 def _stoppable() -> Iterator[Stop]:
-    """SIGTERM and SIGINT are noted. A second ctrl-c is not: schedulers send SIGTERM twice, people mean it.
+    """Note SIGTERM and SIGINT, but let a second ctrl-c interrupt: schedulers send SIGTERM twice, people mean it.
 
-    They are let through, too: a fork server that a loader started (`trainer.data`) blocks them in all that it starts.
+    The signals are also unblocked: a fork server started by a loader (`trainer.data`) blocks them in its children.
     """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
@@ -476,5 +477,5 @@ def _stoppable() -> Iterator[Stop]:
             signal.signal(number, handler)
 
 
-def _nobody(_: str, __: dict[str, Any]) -> None:
+def _ignore(_: str, __: dict[str, Any]) -> None:
     pass

@@ -131,7 +131,8 @@ def tokenizer(
     from lacy.pipeline.train_tokenizer import train
 
     documents, size = train(corpus, out, vocab_size, limit)
-    print(f"{out}: {size:,} entries, <CALL> among them, from {documents:,} documents")
+    fewer = f"; --vocab-size {vocab_size:,} needs a larger corpus" if size < vocab_size else ""
+    print(f"{out}: {size:,} entries, <CALL> among them, from {documents:,} documents{fewer}")
 
 
 def plan(

@@ -354,8 +354,10 @@ def test_a_document_of_five_megabytes_on_one_line(small_model, tmp_path):
 
 
 def test_another_tokenizer_conserves_each_documents_loss(labelled, corpus, small_model, tmp_path, labeller):
+    done = labeller("tokenizer", corpus, "--out", tmp_path / "large", "--vocab-size", 32_000)
+    assert done.stdout.endswith("; --vocab-size 32,000 needs a larger corpus\n")
     done = labeller("tokenizer", corpus, "--out", tmp_path / "t", "--vocab-size", 400)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and "larger corpus" not in done.stdout, done.stderr
     other_tokens = ("--tokenizer", tmp_path / "t", "--workers", 1)
     done = labeller(*arguments(corpus / "a.jsonl", tmp_path / "d", small_model, *other_tokens))
     assert done.returncode == 0, done.stderr

@@ -176,7 +176,7 @@ def test_a_manifest_cannot_name_files_elsewhere(tmp_path):
     manifest = read_manifest(tmp_path / "d")
     part = manifest.parts[0].model_copy(update={"name": f"../../other/signals/{manifest.parts[0].name}"})
     save(tmp_path / "d" / "manifest.json", manifest.model_copy(update={"parts": [part]}))
-    with pytest.raises(DatasetError, match="is no name of a part"):
+    with pytest.raises(DatasetError, match="is not a name of a part"):
         connect(tmp_path / "d")
 
 

@@ -47,7 +47,7 @@ def test_no_figure_is_cut(dataset, width, monkeypatch):
 
 def test_lists_that_are_cut_say_so(dataset):
     out = printed(compute(dataset, "lacy"), width=80, force_terminal=True, color_system=None)
-    lines = out[out.index("What a budget picks") :].split("\n\n")[0].splitlines()[3:]
+    lines = out[out.index("Choice of policy") :].split("\n\n")[0].splitlines()[3:]
     assert len(lines) == 5 and all(line.rstrip().endswith("…") for line in lines)
 
 
@@ -92,8 +92,8 @@ def test_groups_and_words_are_those_of_compute(dataset):
 
 
 def test_nothing_to_count_is_one_line(dataset, empty):
-    assert printed(compute(dataset, where="position < 0")) == f"{dataset}: there is no token where position < 0\n"
-    assert printed(compute(empty)) == f"{empty}: there is no token\n"
+    assert printed(compute(dataset, where="position < 0")) == f"{dataset}: no tokens where position < 0\n"
+    assert printed(compute(empty)) == f"{empty}: no tokens\n"
 
 
 def test_long_documents_fit(tmp_path):

@@ -398,12 +398,12 @@ def test_held_out_documents_are_never_trained_on(uneven):
     everything = set(chain(*documents(UNEVEN)))
     assert 0 < len(kept) < len(everything)
     for seed, ranks in ((0, 1), (1, 2)):
-        learnt: set[int] = set()
+        learned: set[int] = set()
         for rank in range(ranks):
             stream = data.loader(uneven, batch=1, context=60, seed=seed, rank=rank, ranks=ranks, holdout=0.3)
             while stream.epoch < 2.5:
-                learnt |= set(next(stream)["ids"].flatten().tolist())
-        assert learnt - {EOS} == everything - kept
+                learned |= set(next(stream)["ids"].flatten().tolist())
+        assert learned - {EOS} == everything - kept
 
 
 def test_a_document_is_held_out_by_its_id(tmp_path):
@@ -586,7 +586,7 @@ def settings_of(root: Path) -> Path:
 
 REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no dataset": (lambda d: (d / "manifest.json").unlink(), r"is not a dataset: .*lacy label"),
-    "unfinished": (lambda d: edit(d / "manifest.json", lambda m: m.update(state="running")), "is not finished: run"),
+    "unfinished": (lambda d: edit(d / "manifest.json", lambda m: m.update(state="running")), "is not finished: rerun"),
     "no labels": (lambda d: (d / "labels" / "lacy" / "_policy.json").unlink(), "has no labels: lacy decide makes them"),
     "a part without labels": (
         lambda d: edit(d / "labels" / "lacy" / "_policy.json", lambda p: p["parts"].pop()),
@@ -601,7 +601,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
             edit(d / "labels" / "lacy" / "_policy.json", lambda p: p["parts"].clear()),
             edit(d / "manifest.json", lambda m: m["parts"].clear()),
         ],
-        "has no document to learn from: label",
+        "has no documents to train on: label",
     ),
     "no tokenizer": (lambda d: (d / "tokenizer" / "tokenizer.json").unlink(), "tokenizer is incomplete .*: copy"),
     "no settings": (lambda d: settings_of(d).unlink(), "tokenizer is incomplete .*: copy"),
@@ -620,7 +620,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda d: edit(d / "manifest.json", lambda m: m["tokenizer"].update(call_id=WORDS)),
         "has no <CALL>: label the corpus again",
     ),
-    "no end token": (lambda d: settings_of(d).write_text("{}"), "names no eos_token, .*: label with a tokenizer"),
+    "no end token": (lambda d: settings_of(d).write_text("{}"), "names no eos_token .*: label with a tokenizer"),
     "an end token that is not there": (
         lambda d: set_tokenizer(d, drop_end),
         r"end token '<\|endoftext\|>' is not in the tokenizer of .*: label with",
@@ -629,7 +629,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize(("damage", "message"), REFUSED.values(), ids=REFUSED)
-def test_a_dataset_that_cannot_be_learnt_from_is_refused(small, damage, message):
+def test_a_dataset_that_cannot_be_learned_from_is_refused(small, damage, message):
     shards.open_labels(str(small), None)
     damage(small)
     with pytest.raises(DatasetError, match=message) as caught:
@@ -721,8 +721,8 @@ DAMAGED: dict[str, tuple[Callable[[Path], Any], str]] = {
         "part-00002.parquet is not the file that was written",
     ),
     "missing": (lambda d: labels_path(d, "lacy", "part-00002").unlink(), "part-00002.parquet is missing"),
-    "no Parquet": (lambda d: content(d, 2, b"what?"), r"part-00002.parquet is no Parquet file that can be read \("),
-    "cut Parquet": (lambda d: content(d, 2, cut(d)), r"part-00002.parquet is no Parquet file that can be read \("),
+    "no Parquet": (lambda d: content(d, 2, b"what?"), r"part-00002.parquet cannot be read as Parquet \("),
+    "cut Parquet": (lambda d: content(d, 2, cut(d)), r"part-00002.parquet cannot be read as Parquet \("),
     "no token_ids": (
         lambda d: replace(d, 2, None, lambda table: table.drop_columns("token_ids")),
         "part-00002.parquet: it has no column token_ids",
@@ -744,7 +744,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], Any], str]] = {
         f"part-00002.parquet: a token id is not one of the tokenizer's {WORDS}",
     ),
     "negative id": (lambda d: replace(d, 2, "token_ids", put(-1)), "part-00002.parquet: a token id is not one of"),
-    "<CALL>": (lambda d: replace(d, 2, "token_ids", put(CALL_ID)), "part-00002.parquet: <CALL> stands among"),
+    "<CALL>": (lambda d: replace(d, 2, "token_ids", put(CALL_ID)), "part-00002.parquet: <CALL> is among"),
     "no such label": (lambda d: replace(d, 2, "label", put(3)), "part-00002.parquet: a label is none of learn, deleg"),
     "uneven": (
         lambda d: replace(d, 2, "label", one_list_longer),

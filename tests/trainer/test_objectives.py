@@ -365,7 +365,7 @@ def test_quota() -> None:
     assert quota(parse("ignore-random"), [200, 30, 0], 0.15) == 4  # 4.5, half to even
     assert quota(parse("lacy-static"), [200, 1000, 30], 0.15) == 200
     assert quota(parse("standard"), [0, 1000, 0], 0.15) == 0
-    with pytest.raises(ValueError, match=r"from 0 to 1, not 15"):
+    with pytest.raises(ValueError, match=r"between 0 and 1, not 15"):
         quota(parse("lacy"), [200, 1000, 0], 15)
 
 

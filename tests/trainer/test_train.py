@@ -120,7 +120,7 @@ def test_limits(tmp_path, dataset, small_gpt2, limit):
     outcome = train(configured(dataset, small_gpt2, tmp_path / "run", **({"max_steps": None} | limit)))
     progress = outcome.progress
     assert progress.tokens == progress.step * 2 * 32
-    learnt = [
+    learned = [
         record["gt_tokens"]
         for record in runs.log(configured(dataset, small_gpt2, tmp_path / "run"))
         if "loss" in record
@@ -130,7 +130,7 @@ def test_limits(tmp_path, dataset, small_gpt2, limit):
     elif limit.get("max_steps"):
         assert progress.step == 4
     else:
-        assert learnt[-2] < 300 <= learnt[-1] == progress.gt_tokens
+        assert learned[-2] < 300 <= learned[-1] == progress.gt_tokens
 
 
 def test_checkpoints_that_are_kept(tmp_path, dataset, small_gpt2):
@@ -203,8 +203,8 @@ def test_a_disk_that_fills_while_saving_leaves_the_last_checkpoint(tmp_path, dat
     longer = config.model_copy(update={"max_steps": 9})
     message = runs.fails(longer, largest_file=20_000)
     assert re.fullmatch(
-        r"cannot save .*step-00000006: File too large.*; the last good checkpoint is .*step-00000003: make room and go "
-        r"on with --resume",
+        r"cannot save .*step-00000006: File too large.*; the last good checkpoint is .*step-00000003: make room, "
+        r"then resume with --resume",
         message,
     )
     assert runs.state(config) == before
@@ -233,7 +233,9 @@ def test_a_damaged_checkpoint(tmp_path, dataset, still_gpt2):
     train(config)
     weights = runs.last(config) / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(TrainingError, match=r"step-00000006 is damaged .*: remove it, and --resume goes on"):
+    with pytest.raises(
+        TrainingError, match=r"step-00000006 is damaged .*: remove it and resume from the checkpoint before it"
+    ):
         train(config)
     shutil.rmtree(runs.last(config))
     assert train(config).progress.step == 6
