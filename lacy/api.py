@@ -5,7 +5,9 @@ LacyErrors, whose message is one line that says what to do.
 """
 
 import inspect
+import logging
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +20,7 @@ from rich.console import Console
 from lacy.cascade.options import DeviceOptions, GenerateOptions, PartnerOptions
 from lacy.pipeline.options import DecideOptions, LabelOptions
 from lacy.progress import CountView, LabelView, TrainView, messages, span
-from lacy.running import as_known, limit_threads
+from lacy.running import THREADS, as_known, hush_libraries
 from lacy.schemas.errors import UsageError
 from lacy.trainer.config import TrainConfig, load
 
@@ -58,7 +60,30 @@ def _with_options(*models: type[BaseModel]) -> Callable[[F], F]:
 
 
 @contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Limit the threads of the libraries and of worker processes, for the time of a call."""
+    before = {name: os.environ.get(name) for name in THREADS}
+    torch = sys.modules.get("torch")
+    usual = torch.get_num_threads() if torch else int(os.environ.get(THREADS[0]) or os.cpu_count() or 1)
+    os.environ.update({name: value or str(count) for name, value in before.items()})
+    if torch:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+        if torch := sys.modules.get("torch"):
+            torch.set_num_threads(usual)
+
+
+@contextmanager
 def _known_errors(function: str, extra: str) -> Iterator[None]:
+    hush_libraries()
+    logger = logging.getLogger("apache_beam")
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.ERROR)
     try:
         yield
     except Exception as error:
@@ -95,8 +120,8 @@ def label(
         )
         if measuring.estimate:
             raise UsageError("estimate: use the command, lacy label --estimate")
-        limit_threads(measuring.threads)
-        return run_label(measuring, deciding, messages(progress))
+        with _threads(measuring.threads):
+            return run_label(measuring, deciding, messages(progress))
 
 
 def run_label(
@@ -165,11 +190,11 @@ def decide(dataset: Location, policy: str, *, workers: int = 1, **options: Any) 
     with _known_errors("decide", "label"):
         (given,) = _split({"policy": policy} | options, DecideOptions)
         chosen = DecideOptions(**given)
-        limit_threads(1)
-        from lacy.pipeline.decide import decide as write_labels
-        from lacy.schemas.manifest import at
+        with _threads(1):
+            from lacy.pipeline.decide import decide as write_labels
+            from lacy.schemas.manifest import at
 
-        return write_labels(at(dataset), **chosen.model_dump(), workers=workers)
+            return write_labels(at(dataset), **chosen.model_dump(), workers=workers)
 
 
 @_with_options(TrainConfig)

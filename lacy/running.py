@@ -12,6 +12,7 @@ from lacy.schemas.errors import LacyError, UsageError
 
 FAILED, INTERRUPTED = LacyError.exit_code, 130
 EXTRAS = {"vllm": "vllm", "s3fs": "s3", "gcsfs": "gcs"}  # packages that a command needs for some options alone
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")
 debug = False  # --debug was given
 
 
@@ -20,24 +21,25 @@ def quiet(threads: int | None) -> None:
 
     threads  None: as many as the libraries choose
     """
-    limit_threads(threads)
+    for name in THREADS:
+        if threads is not None:
+            os.environ.setdefault(name, str(threads))
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true" if threads and threads > 1 else "false")
     if not debug:
         import logging
         import warnings
 
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        hush_libraries()
         os.environ.setdefault("PYTHONWARNINGS", "ignore")
         warnings.simplefilter("ignore")
         logging.disable(logging.CRITICAL)
 
 
-def limit_threads(threads: int | None) -> None:
-    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"):
-        if threads is not None:
-            os.environ.setdefault(name, str(threads))
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true" if threads and threads > 1 else "false")
+def hush_libraries() -> None:
+    """Keep the libraries that are imported from here on from printing; a setting of the user's own stays."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 
 @contextmanager

@@ -98,7 +98,7 @@ def test_lacy_links_to_each_folder():
 
 def test_the_command_loads_nothing_heavy():
     """lacy/cli.py, and what it imports of ours, is imported for every --help."""
-    light = {"dataclasses", "functools", "inspect", "io", "pydantic", "typer", "types"}
+    light = {"dataclasses", "functools", "inspect", "io", "logging", "pydantic", "typer", "types"}
     light |= {"collections", "contextlib", "json", "os", "pathlib", "re", "sys", "time", "typing", "urllib"}
     paths, queue = {module(path): path for path in MODULES}, ["lacy.cli"]
     for name in queue:

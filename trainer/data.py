@@ -18,10 +18,12 @@ import math
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from typing import Any, Final, TypeVar
@@ -186,7 +188,8 @@ class Stream:
         resource_tracker.ensure_running()  # it would unblock the signals again
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
         try:
-            return iter(self._loader)
+            with _hidden_main():
+                return iter(self._loader)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
@@ -449,6 +452,20 @@ def _same_stream(state: dict[str, Any], now: dict[str, Any]) -> None:
             raise DatasetError(
                 f"the checkpoint was made with {before}, this run has {after}: resume with {before}, {new}"
             )
+
+
+@contextmanager
+def _hidden_main() -> Iterator[None]:
+    """Start processes that do not import the user's script: one without a __main__ guard would train again in each."""
+    main = sys.modules["__main__"]
+    before = {name: getattr(main, name) for name in ("__file__", "__spec__") if hasattr(main, name)}
+    for name in before:
+        setattr(main, name, None)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(main, name, value)
 
 
 def _end_with_parent(_: int) -> None:
