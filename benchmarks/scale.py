@@ -45,8 +45,8 @@ from benchmarks.label import load, write  # noqa: E402  (sets one thread for eac
 from lacy.labelers import tokenize  # noqa: E402
 from lacy.labelers.llm import models  # noqa: E402
 from lacy.labelers.llm.scorer import Scores  # noqa: E402
-from lacy.pipeline.corpus.sources import Range, find_files, plan  # noqa: E402
-from lacy.pipeline.graph import AnnotatePlan, build  # noqa: E402
+from lacy.pipeline.corpus.sources import Range, find_files, plan_parts  # noqa: E402
+from lacy.pipeline.graph import Work, build  # noqa: E402
 from lacy.pipeline.options import DEFAULT_REFERENCE, ModelSpec  # noqa: E402
 from lacy.pipeline.runners import local  # noqa: E402
 from lacy.pipeline.write import admit  # noqa: E402
@@ -131,7 +131,7 @@ def parts(corpus: Path | None, folder: Path, count: int) -> list[Range]:
         if need < 0:
             break
     file = write(folder / "corpus.jsonl", [{"id": str(number), "text": text} for number, text in enumerate(texts)])
-    ranges = plan(find_files([str(file)]), PART_BYTES)
+    ranges = plan_parts(find_files([str(file)]), PART_BYTES)
     if len(ranges) < count:
         sys.exit(f"the corpus has {len(ranges)} parts of {PART_BYTES} bytes, and {count} are needed: --parts")
     return [part for part in ranges if isinstance(part, Range)]
@@ -150,7 +150,7 @@ def run(ranges: list[Range], workers: int, gpu: float, folder: Path) -> Found:
         factory="benchmarks.scale:Sleeper",
         arguments={"tokens_per_second": gpu, "log": str(log)},
     )
-    work = AnnotatePlan(
+    work = Work(
         dataset=dataset,
         run="run",
         ranges=ranges,

@@ -26,7 +26,9 @@ _beam_options: list[str] = []  # what stands behind -- on the command line
 
 Dataset = Annotated[Path, typer.Argument(metavar="DATASET", help="A folder that lacy label wrote.")]
 Readable = Annotated[str, typer.Argument(metavar="DATASET", help="A folder that lacy label wrote, or its URL.")]
-Budget = Annotated[float, typer.Option(min=0, max=1, help="Share of all tokens that may be chosen, 0 to 1.")]
+Budget = Annotated[
+    float | None, typer.Option(min=0, max=1, help="Share of all tokens that may be chosen, 0 to 1; default: 0.15.")
+]
 Where = Annotated[
     str | None, typer.Option(metavar="CONDITION", help="SQL on the columns of the view labels: only these tokens.")
 ]
@@ -87,7 +89,7 @@ def label(
     ],
     out: Annotated[str, typer.Option(help="The dataset: a new folder or URL, or one that this command began.")],
     policy: Policy = "lacy",
-    budget: Budget = 0.15,
+    budget: Budget = None,
     action: Action = "delegate",
     reference: Annotated[
         str, typer.Option(help="Model folder or hub name; smollm2-135m is fetched by itself; none: grammar alone.")
@@ -171,8 +173,7 @@ def label(
     with known_errors():
         quiet(threads)
         from lacy.commands import cluster_of, run_estimate, run_label
-        from lacy.pipeline.options import LabelOptions
-        from lacy.pipeline.runners.presets import require_reach
+        from lacy.pipeline.options import LabelOptions, require_reach
         from lacy.schemas.errors import UsageError
 
         cluster = cluster_of(
@@ -233,7 +234,7 @@ def label(
 def decide(
     dataset: Readable,
     policy: Policy,
-    budget: Budget = 0.15,
+    budget: Budget = None,
     action: Action = "delegate",
     name: Annotated[str | None, typer.Option(help="Of the label set; default: the policy's.")] = None,
     seed: Annotated[int, typer.Option(help="Of the policy random, and of ties.")] = 0,

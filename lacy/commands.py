@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from rich.text import Text
 from lacy.schemas.manifest import LabelSet, Manifest
 
 PLAIN_INTERVAL = 10.0  # seconds between progress lines where there is no terminal
+STAGE_SECONDS = 2.0  # after which a stage is named
 
 
 def cluster_of(on: str | None, **options: Any) -> Any:
@@ -46,7 +48,7 @@ def _options_of(cluster: Any, job: str, dataset: Any, given: list[str]) -> list[
 def run_label(
     options: Any,
     policy: str,
-    budget: float,
+    budget: float | None,
     action: str,
     seed: int,
     cluster: Any,
@@ -55,14 +57,12 @@ def run_label(
     patience: float | None,
     debug: bool,
 ) -> None:
-    from lacy.labelers.policies import require
-    from lacy.pipeline.decide import decide, decided
+    from lacy.pipeline.decide import decide, decided, require_policy
 
-    have = {role: getattr(options, role) is not None for role in ("reference", "student", "judge")}
-    require(policy, action, **have)
+    require_policy(options, policy, action, budget)
     console = console_for_messages()
     if not _annotate(console, options, cluster, beam_options, wait, patience, debug):
-        console.print("lacy status tells how far it is; the same command finishes it")
+        console.print("lacy status shows the progress; rerun the same command to finish")
     elif found := decided(options.out, policy, budget=budget, action=action, seed=seed):
         _tell_decided(console, found, "as decided before, ")
     else:
@@ -81,15 +81,15 @@ def _annotate(
     debug: bool,
 ) -> bool:
     """Whether the dataset is complete now."""
-    from lacy.pipeline.label import annotate
+    from lacy.pipeline.label import Run, label
 
     view = _LabelProgress(console)
     started = time.monotonic()
     with view:
-        manifest = annotate(
-            options,
+        run = Run(
             cluster=cluster,
             beam_options=_options_of(cluster, "label", options.out, beam_options),
+            on_stage=view.stage,
             on_start=view.start,
             on_submit=lambda job: console.print(f"submitted: {job}"),
             on_progress=view.update,
@@ -97,20 +97,25 @@ def _annotate(
             patience=None if patience is None else 60 * patience,
             debug=debug,
         )
+        manifest = label(options, run)
     complete = manifest.state == "complete"
     if complete:
         _tell_annotated(console, manifest, time.monotonic() - started, view.scored, options.out)
+        if view.warning:
+            console.print(f"warning: {view.warning}", style="yellow")
     return complete
 
 
-def run_estimate(options: Any, policy: str, budget: float, save_rates: Path | None, debug: bool) -> None:
+def run_estimate(options: Any, policy: str, budget: float | None, save_rates: Path | None, debug: bool) -> None:
+    from lacy.pipeline.cost import measured
     from lacy.pipeline.estimate import estimate
-    from lacy.pipeline.plan import measured
+    from lacy.pipeline.label import Run
 
     console = console_for_messages()
     view = _LabelProgress(console)
     with view:
-        found = estimate(options, policy, budget, on_start=view.start, on_progress=view.update, debug=debug)
+        run = Run(on_stage=view.stage, on_start=view.start, on_progress=view.update, debug=debug)
+        found = estimate(options, policy, budget, run=run)
     _tell_estimate(found)
     if save_rates:
         save_rates.write_text(json.dumps(measured(found), indent=1) + "\n")
@@ -119,7 +124,7 @@ def run_estimate(options: Any, policy: str, budget: float, save_rates: Path | No
 def run_plan(
     dataset: str | None, tokens: str | None, size: str | None, rates: Path | None, as_json: bool, **machines: Any
 ) -> None:
-    from lacy.pipeline.plan import DEFAULTS, amount, plan, with_dataset, with_file
+    from lacy.pipeline.cost import DEFAULTS, amount, estimate_cost, with_dataset, with_file
     from lacy.schemas.errors import UsageError
 
     known, total = with_dataset(DEFAULTS, dataset) if dataset else (DEFAULTS, 0)
@@ -129,7 +134,7 @@ def run_plan(
     if not (tokens or size or dataset):
         raise UsageError("name a DATASET, or give --tokens or --bytes of the corpus")
     wanted = amount(size) / known["bytes_per_token"].value if size else amount(tokens) if tokens else float(total)
-    found = plan(wanted, known, **machines)
+    found = estimate_cost(wanted, known, **machines)
     if as_json:
         given = {name: rate.model_dump() for name, rate in known.items()}
         print(json.dumps(found.model_dump() | {"rates": given}, indent=1))
@@ -140,7 +145,7 @@ def run_plan(
 def run_decide(
     dataset: str,
     policy: str,
-    budget: float,
+    budget: float | None,
     action: str,
     name: str | None,
     seed: int,
@@ -471,17 +476,40 @@ class _LabelProgress:
         self._bytes = self._parts = 0
         self._before: tuple[int, int, int, int] = (0, 0, 0, 0)
         self._began = self._told = time.monotonic()
+        self._stage = ""
+        self._timer: threading.Timer | None = None
         self.scored = 0
+        self.warning = ""
 
     def __enter__(self) -> "_LabelProgress":
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.stage("")
         if self._task is not None:
             self._bar.stop()
 
+    def stage(self, what: str) -> None:
+        """A stage begins, or none: one that takes over STAGE_SECONDS is named."""
+        if self._timer:
+            self._timer.cancel()
+        self._stage, self._timer = what, None
+        if what:
+            self._timer = threading.Timer(STAGE_SECONDS, self._name_stage)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def _name_stage(self) -> None:
+        if self._live and self._task is not None:
+            self._bar.update(self._task, text=self._stage)
+        else:
+            print(f"label: {self._stage}", file=sys.stderr, flush=True)
+
     def start(self, outlook: Any) -> None:
         finished = outlook.finished
+        self.warning = outlook.warning
+        if self.warning:
+            self._console.print(f"warning: {self.warning}", style="yellow")
         self._bytes, self._parts = outlook.bytes, outlook.parts
         self._before = (
             len(finished),
@@ -490,11 +518,11 @@ class _LabelProgress:
             sum(part.bad for part in finished),
         )
         if finished:
-            self._console.print(f"going on: {len(finished):,} parts are finished")
+            self._console.print(f"resuming: {len(finished):,} parts are finished")
         self._began = self._told = time.monotonic()
         if self._live:
             self._bar.start()
-            self._task = self._bar.add_task("label", total=None, text="loading models")
+            self._task = self._bar.add_task("label", total=None, text=self._stage)
 
     def update(self, counts: Any) -> None:
         parts, documents, tokens, bad = self._before
@@ -511,10 +539,12 @@ class _LabelProgress:
             f"{parts + counts.parts:,}/{all_parts:,} parts, {bad + counts.bad:,} bad{restarts}{left}"
         )
         if not self.scored and not counts.parts:
-            text = "loading models"
+            text = self._stage
+        elif self._stage:
+            self.stage("")
         if self._live:
             self._bar.update(self._task, total=1, completed=fraction, text=text)
-        elif time.monotonic() - self._told > PLAIN_INTERVAL:
+        elif text and time.monotonic() - self._told > PLAIN_INTERVAL:
             self._told = time.monotonic()
             print(f"label: {text}", file=sys.stderr, flush=True)
 

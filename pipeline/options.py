@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, field_validator, model_validator
 
+from lacy.pipeline.runners.presets import Cluster, require_store
+from lacy.schemas.errors import UsageError
 from lacy.schemas.manifest import at
 
 DEFAULT_REFERENCE = "smollm2-135m"
@@ -95,6 +97,22 @@ class LabelOptions(BaseModel):
         apart = {"corpus", "out", "workers", "max_bad", "trust_remote_code"}
         apart |= {"server", "judge_server", "concurrency", "engines", "estimate"}
         return self.model_dump(exclude=apart)
+
+
+def require_reach(cluster: Cluster, options: LabelOptions) -> None:
+    """Raises UsageError for what the machines of a cluster cannot do or reach."""
+    if options.estimate:
+        raise UsageError("--estimate labels its sample on this machine: leave out --on, and see lacy plan")
+    if cluster.gpu and options.scorer == "server":
+        raise UsageError("--gpu is for models on the cluster's own machines: leave out --gpu, or --scorer server")
+    if cluster.gpu and not (options.reference or options.judge):
+        raise UsageError("--gpu is for a model, and there is none: leave it out, or name a --reference")
+    if cluster.gpu and options.device == "cpu":
+        raise UsageError("--gpu and --device cpu: leave out one of them")
+    require_store(cluster, str(options.out))
+    here = [path for path in options.corpus if "://" not in path]
+    if cluster.on == "dataflow" and here:
+        raise UsageError(f"{here[0]} is on this machine, which Dataflow's cannot reach: copy it to gs://")
 
 
 @dataclass(frozen=True)

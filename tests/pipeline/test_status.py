@@ -8,10 +8,11 @@ from dataclasses import asdict
 import pytest
 
 from lacy.pipeline.corpus import spool
-from lacy.pipeline.corpus.sources import Range, plan
-from lacy.pipeline.status import status, update
+from lacy.pipeline.corpus.sources import Range, plan_parts
+from lacy.pipeline.runners.counts import Counts
+from lacy.pipeline.status import counter, status, update
 from lacy.schemas.errors import DatasetError
-from lacy.schemas.files import remove
+from lacy.schemas.files import remove, write_atomic
 from lacy.schemas.manifest import CorpusFile, Manifest, PartRecord, at, load, read_manifest, record_path, save
 
 NOW = 2_000_000_000.0
@@ -39,7 +40,7 @@ def record(dataset, name, seconds_ago=0.0, rows=2, tokens=50, bad=1):
 
 
 def names(dataset):
-    return [part.name for part in plan(read_manifest(dataset).corpus, 1000)]
+    return [part.name for part in plan_parts(read_manifest(dataset).corpus, 1000)]
 
 
 def test_nothing_yet(tmp_path):
@@ -153,3 +154,20 @@ def test_the_command(folder, tiny, tmp_path, labeller):
     assert json.loads(done.stdout)["labels"][0]["name"] == "lacy"
     done = labeller("status", tmp_path)
     assert done.returncode == 0 and done.stdout == f"{tmp_path}: no run has begun here: there is no manifest.json\n"
+
+
+def test_the_dataset_tells_what_is_finished(tmp_path):
+    def finish(name: str) -> None:
+        fields = {"source": "a", "rows": 2, "tokens": 10, "factual": 0, "bytes": 1, "sha256": "", "bad": 1}
+        save(record_path(tmp_path, name), PartRecord(name=name, **fields))
+
+    finish("part-00000-000000000000000")
+    bytes_of = {"part-00000-000000000001000": 1000, "part-00000-000000000002000": 500}
+    count = counter(tmp_path, {"part-00000-000000000000000"}, bytes_of)
+    assert count() == Counts()
+    finish("part-00000-000000000001000")
+    write_atomic(tmp_path / ".spool" / "part-00001-000000000000000.jsonl", b"")
+    assert count() == Counts(documents=2, tokens=10, bad=1, parts=1, bytes=1000, planned_parts=1)
+    finish("part-00001-000000000000000")
+    (tmp_path / ".spool" / "part-00001-000000000000000.jsonl").unlink()
+    assert count() == Counts(documents=4, tokens=20, bad=2, parts=2, bytes=1000, planned_parts=1)

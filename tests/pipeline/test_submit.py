@@ -7,10 +7,8 @@ import apache_beam as beam
 import pytest
 
 from lacy.pipeline.runners import submit
-from lacy.pipeline.runners.heartbeat import Counts
+from lacy.pipeline.runners.counts import Counts
 from lacy.schemas.errors import RunError
-from lacy.schemas.files import write_atomic
-from lacy.schemas.manifest import PartRecord, record_path, save
 
 HERE = ["--runner=PortableRunner", "--job_endpoint=embed", "--environment_type=LOOPBACK"]
 seen: list[int] = []
@@ -123,20 +121,3 @@ def test_ctrl_c_cancels_the_job_and_says_so():
 
     with pytest.raises(KeyboardInterrupt, match=r"^stopped; the job was cancelled; finished parts are kept"):
         submit.run(graph(stand_still), beam_options=HERE, count=nothing, on_progress=interrupt)
-
-
-def test_the_dataset_tells_what_is_finished(tmp_path):
-    def finish(name: str) -> None:
-        fields = {"source": "a", "rows": 2, "tokens": 10, "factual": 0, "bytes": 1, "sha256": "", "bad": 1}
-        save(record_path(tmp_path, name), PartRecord(name=name, **fields))
-
-    finish("part-00000-000000000000000")
-    bytes_of = {"part-00000-000000000001000": 1000, "part-00000-000000000002000": 500}
-    count = submit.counter(tmp_path, {"part-00000-000000000000000"}, bytes_of)
-    assert count() == Counts()
-    finish("part-00000-000000000001000")
-    write_atomic(tmp_path / ".spool" / "part-00001-000000000000000.jsonl", b"")
-    assert count() == Counts(documents=2, tokens=10, bad=1, parts=1, bytes=1000, planned_parts=1)
-    finish("part-00001-000000000000000")
-    (tmp_path / ".spool" / "part-00001-000000000000000.jsonl").unlink()
-    assert count() == Counts(documents=4, tokens=20, bad=2, parts=2, bytes=1000, planned_parts=1)
