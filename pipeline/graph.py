@@ -52,6 +52,7 @@ class Work:
     alignment: str
     models: dict[str, ModelSpec]  # by role: reference, student, judge
     keep_text: bool
+    without_torch: bool = False  # nothing needs it
     hints: dict[str, str] = field(default_factory=dict)  # Beam's resource hints for machines that score
 
 
@@ -87,7 +88,8 @@ def build(pipeline: beam.Pipeline, work: Work, heartbeat: Heartbeat) -> None:
         | beam.Flatten()
         | "spread parts" >> beam.Reshuffle()
         | "read" >> beam.ParDo(_Read(work.dataset, work.run, work.tokenizer, heartbeat))
-        | "grammar" >> beam.ParDo(Tag(work.spacy, work.rule, work.alignment)).with_output_types(Part)
+        | "grammar"
+        >> beam.ParDo(Tag(work.spacy, work.rule, work.alignment, work.without_torch)).with_output_types(Part)
     )
     if work.hints:
         parts |= "to the scorers" >> beam.Reshuffle()

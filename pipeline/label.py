@@ -21,7 +21,7 @@ from lacy.pipeline.corpus.sources import Range, Stream, default_part_bytes, find
 from lacy.pipeline.fold import clear, finished_parts, fold, lost_parts
 from lacy.pipeline.identity import manifest_of, require_same
 from lacy.pipeline.language import language_warning
-from lacy.pipeline.options import LabelOptions, ModelSpec
+from lacy.pipeline.options import DEFAULT_SPACY, LabelOptions, ModelSpec
 from lacy.pipeline.runners.counts import Counts, PartCost
 from lacy.pipeline.runners.presets import Cluster
 from lacy.pipeline.status import counter
@@ -179,6 +179,7 @@ def measure(
         alignment=options.align,
         models=specs,
         keep_text=options.text,
+        without_torch=not specs and options.spacy == DEFAULT_SPACY,
         hints=run.cluster.hints() if run.cluster else {},
     )
     elsewhere = submit.elsewhere(run.beam_options)
@@ -186,7 +187,7 @@ def measure(
     run.on_stage("loading spaCy")
     from lacy.pipeline.tagging import load_grammar
 
-    load_grammar(options.spacy)  # raises here when it is missing, not in a worker
+    load_grammar(options.spacy, work.without_torch)  # raises here when it is missing, not in a worker
     placement.require_servers(specs)
 
     def graph(pipeline: Any, heartbeat: "Heartbeat") -> None:

@@ -12,6 +12,7 @@ from lacy.schemas.errors import UsageError
 from lacy.schemas.manifest import at
 
 DEFAULT_REFERENCE = "smollm2-135m"
+DEFAULT_SPACY = "en_core_web_sm"
 ROLES = ("reference", "student", "judge")
 
 Backend = Literal["transformers", "vllm", "server"]
@@ -37,7 +38,7 @@ class LabelOptions(BaseModel):
     window: int | None = Field(default=None, ge=2)  # tokens in one forward pass; None: the context, at most 2048
     overlap: int | None = Field(default=None, ge=1)  # tokens shared with the window before; None: a quarter
     batch_tokens: int | None = Field(default=None, ge=1)
-    spacy: str = "en_core_web_sm"
+    spacy: str = DEFAULT_SPACY
     attributes: bool = False
     headings: bool = False
     align: Literal["first", "last"] = "first"

@@ -17,6 +17,8 @@ from lacy.schemas.files import sha256
 from lacy.schemas.manifest import at, label_sets, read_complete
 from lacy.schemas.parts import to_parquet
 
+RERUN = "rerun the lacy label command that made the dataset"
+
 
 @dataclass
 class Dataset:
@@ -158,9 +160,10 @@ def test_counts(dataset):
     assert f"manifest.json: tokens is 5, its parts add up to {total:,}" in faults
     assert all(any(line.startswith(f"manifest.json: {name} is") for line in faults) for name in ("documents", "bad"))
     assert any(line.startswith(f"signals/{part}.parquet: ") and "the manifest says 9 and" in line for line in faults)
-    assert f"deadletter/{part}.jsonl: missing, though the part has 2 bad records" in faults
+    missing = f"deadletter/{part}.jsonl: missing, though the part has 2 bad records: {RERUN}"
+    assert missing in faults
     assert any(line.startswith("labels/lacy: ") and line.endswith("the signals have 5") for line in faults)
-    assert f"deadletter/{part}.jsonl: missing, though the part has 2 bad records" in dataset.faults(quick=True)
+    assert missing in dataset.faults(quick=True)
 
 
 def test_files(dataset):
@@ -175,9 +178,9 @@ def test_files(dataset):
     dataset.set("manifest.json", bad=1)
     lines = {
         "labels/lacy/part-stray.parquet: not in the manifest",
-        f"signals/{one}.parquet: missing",
-        f"labels/lacy/{other}.parquet: checksum differs from the manifest",
-        f"deadletter/{third}.jsonl: checksum differs from the manifest",
+        f"signals/{one}.parquet: missing: {RERUN}",
+        f"labels/lacy/{other}.parquet: checksum differs from the manifest: remove it, then run lacy decide again",
+        f"deadletter/{third}.jsonl: checksum differs from the manifest: remove it, then {RERUN}",
     }
     assert set(dataset.faults()) == lines
     quick = {line.split(":")[0] for line in dataset.faults(quick=True)}

@@ -80,7 +80,7 @@ def test_parts_grow_with_the_corpus_up_to_a_limit_and_then_datasets_are_advised(
     assert "give lacy label --part-bytes 4194304" in middle.notes
     large = estimate_cost(1e12)
     assert large.part_bytes == 16 << 20
-    assert "label the corpus as 3 datasets: one is tested with 100,000 parts" in large.notes
+    assert "label the corpus as 3 datasets: one dataset is tested with up to 100,000 parts" in large.notes
 
 
 def test_a_part_that_is_too_large_is_told():
