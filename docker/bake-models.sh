@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Put models where lacy looks for them, so that no worker downloads any:  bake-models.sh "MODEL MODEL ..."
-# An embedded model goes to $LACY_HOME/models, one of the hub to $HF_HOME, of its weights the safetensors alone.
-# Runs in the folder of the source.
+# Download models to where lacy looks for them, so that no worker does:  bake-models.sh "MODEL MODEL ..."
+# Embedded models go to $LACY_HOME/models, models of the hub to $HF_HOME (of their weights only safetensors).
+# Run it in the source folder.
 set -euo pipefail
 
 HF_HUB_OFFLINE=0 "${PYTHON:-python}" - "$@" <<'EOF'

@@ -281,6 +281,10 @@ def run_tokenizer(corpus: list[str], out: Path, vocab_size: int, limit: int | No
 
     documents, size = train(corpus, out, vocab_size, limit)
     print(f"{out}: {size:,} entries, <CALL> among them, from {documents:,} documents")
+    if size < vocab_size:
+        console_for_messages().print(
+            f"fewer than --vocab-size {vocab_size:,}: the corpus has no more pairs of tokens to merge", style="yellow"
+        )
 
 
 def run_train(given: dict[str, Any], file: Path | None, resume: bool) -> int | None:

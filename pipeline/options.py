@@ -1,4 +1,4 @@
-"""What a labelling run is asked to do. Validated when built; the part of it that decides bytes goes to the manifest."""
+"""Options of a labelling run. Validated when built; those that decide bytes go to the manifest."""
 
 import json
 from dataclasses import dataclass
@@ -81,8 +81,10 @@ class LabelOptions(BaseModel):
             raise ValueError(f"--overlap {self.overlap} must be less than --window {self.window}")
         if self.reference is None and self.tokenizer is None:
             raise ValueError("--reference none needs --tokenizer")
-        if self.reference is None and self.student is not None:
-            raise ValueError("--student needs a --reference")
+        if self.reference is None:
+            for name in ("student", "window", "overlap", "batch_tokens", "server"):
+                if getattr(self, name):
+                    raise ValueError(f"--{name.replace('_', '-')} needs a --reference, and there is none")
         if self.scorer == "server" and not self.server:
             raise ValueError("--scorer server needs --server URL")
         if self.server and self.scorer not in ("server", "auto"):
@@ -107,13 +109,13 @@ def require_reach(cluster: Cluster, options: LabelOptions) -> None:
     if cluster.gpu and options.scorer == "server":
         raise UsageError("--gpu is for models on the cluster's own machines: leave out --gpu, or --scorer server")
     if cluster.gpu and not (options.reference or options.judge):
-        raise UsageError("--gpu is for a model, and there is none: leave it out, or name a --reference")
+        raise UsageError("--gpu needs a model, and there is none: leave it out, or name a --reference")
     if cluster.gpu and options.device == "cpu":
         raise UsageError("--gpu and --device cpu: leave out one of them")
     require_store(cluster, str(options.out))
     here = [path for path in options.corpus if "://" not in path]
     if cluster.on == "dataflow" and here:
-        raise UsageError(f"{here[0]} is on this machine, which Dataflow's cannot reach: copy it to gs://")
+        raise UsageError(f"{here[0]} is on this machine, out of reach of Dataflow: copy it to gs://")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from lacy.labelers.llm import models
 from lacy.labelers.llm import scorer as reference_scores
 from lacy.pipeline.options import Backend, LabelOptions, ModelSpec
 from lacy.pipeline.runners.presets import Cluster
-from lacy.schemas.errors import ModelError
+from lacy.schemas.errors import ModelError, UsageError
 
 GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # NVIDIA's driver, AMD's, and both under WSL
 ANSWER_SECONDS = 5.0  # within which a server must answer before a run starts
@@ -45,7 +45,10 @@ def _scorer(
     backend = _best_backend(options, cluster) if options.scorer == "auto" else options.scorer
     own = tokenize.load(model, trust_remote_code=trust)
     if options.window:
-        reference_scores.check_window(model, options.window, options.overlap, own.bos_id, trust_remote_code=trust)
+        try:
+            reference_scores.check_window(model, options.window, options.overlap, own.bos_id, trust_remote_code=trust)
+        except ModelError as error:
+            raise UsageError(f"--{error}") from None
     arguments: dict[str, Any] = {"scorer": backend, "model": model, "bos": own.bos_id, "trust_remote_code": trust}
     arguments |= {"window": options.window, "overlap": options.overlap}
     if backend == "server":

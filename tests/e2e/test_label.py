@@ -205,13 +205,15 @@ def test_text_that_is_not_english_is_named(small_model, tmp_path, labeller):
         (["--policy", "none", "--budget", "0.1"], "policy none has no budget: leave out --budget"),
         (["--policy", "loss"], "--reference none measures no loss, which policy loss needs: add --policy factual"),
         ([], "--reference none measures no loss, which policy lacy needs: add --policy factual"),
+        (["--policy", "factual", "--window", "64"], "--window needs a --reference, and there is none"),
+        (["--reference", "{model}", "--window", "257"], "--window 257 is longer than the model's context of 256"),
     ],
 )
 def test_options_that_do_nothing_are_refused(more, message, corpus, small_model, tmp_path, labeller):
     command = ["label", corpus, "--out", tmp_path / "d", "--reference", "none", "--tokenizer", small_model]
-    done = labeller(*command, *more)
+    done = labeller(*command, *(argument.format(model=small_model) for argument in more))
     assert done.returncode == 2 and message in done.stderr and len(told(done)) == 1
-    assert not (tmp_path / "d").exists()
+    assert not (tmp_path / "d" / "manifest.json").exists()
 
 
 def test_other_options_are_refused(labelled, corpus, small_model, labeller):

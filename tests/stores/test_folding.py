@@ -5,7 +5,7 @@ import pyarrow as pa
 import pytest
 
 from lacy.pipeline.corpus.deadletters import Code, dead_letter, fault
-from lacy.pipeline.fold import fold
+from lacy.pipeline.fold import fold, lost_parts
 from lacy.pipeline.write import is_finished, write_part
 from lacy.schemas import files, manifest
 from lacy.schemas.manifest import Manifest, at, read_manifest
@@ -75,6 +75,19 @@ def test_folded_once_and_again(dataset):
     assert contents(dataset) != first
     assert fold(dataset, max_bad=1.0) == whole
     assert contents(dataset) == first
+
+
+def test_parts_that_lost_a_file_are_found(dataset):
+    begun(dataset)
+    measured(dataset)
+    whole = fold(dataset, max_bad=1.0)
+    assert lost_parts(dataset, whole) == []
+    signals, short, letters, empty = (record.name for record in whole.parts)
+    files.remove(manifest.signals_path(dataset, signals))
+    files.write_atomic(manifest.signals_path(dataset, short), b"PAR1")
+    files.remove(manifest.deadletter_path(dataset, letters))
+    assert [record.name for record in lost_parts(dataset, whole)] == [signals, short, letters]
+    assert empty == "part-00002-0"
 
 
 def test_a_record_without_its_file_is_not_finished(dataset):
