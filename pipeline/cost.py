@@ -27,7 +27,6 @@ TESTED_PARTS = 100_000  # largest number in one dataset that has been tested
 MOST_PART_BYTES = 16 << 20  # largest default: half an hour of tagging on one core
 MOST_ELEMENT_BYTES = 100 << 20
 MOST_MACHINES = 2000  # in one job on Dataflow
-MONTH = 730  # hours
 
 
 class Rate(BaseModel):

@@ -1,4 +1,4 @@
-"""`lacy label` as a user runs it: to the end, interrupted, killed, with other options, on bad input."""
+"""`lacy label` as users run it: to the end, interrupted, killed, repaired, with other options, on bad input."""
 
 import bz2
 import gzip

@@ -1,4 +1,4 @@
-"""`lacy check` finds whatever is wrong with a dataset, and says of which file."""
+"""`lacy check` finds every fault of a dataset and names its file."""
 
 import json
 import shutil
@@ -38,7 +38,7 @@ class Dataset:
         return list(check(self.folder, read_complete(self.folder), label_sets(self.folder), **options))
 
     def set(self, file: str, *, part: str | None = None, **fields) -> None:
-        """Change a record file, or what it says of a part."""
+        """Change fields of a record file, or of one of its parts."""
         path = self.folder / file
         told = json.loads(path.read_text())
         target = told if part is None else next(entry for entry in told["parts"] if entry["name"] == part)
@@ -46,7 +46,7 @@ class Dataset:
         path.write_text(json.dumps(told))
 
     def rewrite(self, folder: str, part: str, change) -> None:
-        """Change the table of a part, and its digest, so that only what is in it is wrong."""
+        """Change the table of a part and its digest, so that only its content is wrong."""
         path = self.folder / folder / f"{part}.parquet"
         data = to_parquet(change(pq.ParquetFile(path).read())).to_pybytes()
         path.write_bytes(data)
@@ -141,7 +141,7 @@ def test_a_call_among_the_tokens(dataset):
     assert f"signals/{dataset.parts[0]}.parquet: {CALL} stands among the tokens" in dataset.faults()
 
 
-def test_every_damaged_part_is_told(dataset, monkeypatch):
+def test_every_damaged_part_is_reported(dataset, monkeypatch):
     """Whichever parts are looked at together."""
     for part in dataset.parts[:3]:
         dataset.rewrite("signals", part, put("pos", 0, 200))

@@ -83,7 +83,7 @@ def test_parts_grow_with_the_corpus_up_to_a_limit_and_then_datasets_are_advised(
     assert "label the corpus as 3 datasets: one dataset is tested with up to 100,000 parts" in large.notes
 
 
-def test_a_part_that_is_too_large_is_told():
+def test_a_part_that_is_too_large_is_noted():
     notes = estimate_cost(1e12, part_bytes=256 << 20).notes
     assert any("smaller --part-bytes" in note and "crosses" in note for note in notes)
     assert any("a lost machine loses" in note for note in notes)

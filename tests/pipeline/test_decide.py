@@ -21,7 +21,7 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_however_parts_are_put_together(dataset, monkeypatch):
+def test_the_size_of_a_batch_changes_nothing(dataset, monkeypatch):
     decide(dataset, "loss", budget=0.2)
     before = contents(dataset / "labels/loss")
     assert json.loads(before["policy.json"])["chosen"] == round(0.2 * label_sets(dataset)["loss"].tokens)
@@ -66,7 +66,7 @@ def test_readers_never_see_half_a_label_set(dataset, monkeypatch):
     assert contents(dataset / "labels/loss").keys() == contents(dataset / "labels/lacy").keys()
 
 
-def test_what_is_decided_already(dataset):
+def test_a_decision_that_was_made_before(dataset):
     assert decided(dataset, "loss") is None
     found = decided(dataset, "lacy")
     assert found == label_sets(dataset)["lacy"]

@@ -1,4 +1,4 @@
-"""What an operator sees of a run on any runner: Beam's metrics and the log, and never a word of a document."""
+"""What an operator sees of a run on any runner: Beam's metrics and the log, without any text of a document."""
 
 import json
 import logging

@@ -72,7 +72,7 @@ def test_records_are_read_once(dataset, monkeypatch):
     assert [path.name for path in asked] == [f"{names(dataset)[1]}.json"]
 
 
-def test_a_damaged_record_is_told(dataset):
+def test_a_damaged_record_is_reported(dataset):
     record(dataset, names(dataset)[0])
     (dataset / ".parts" / f"{names(dataset)[1]}.json").write_bytes(b"{")
     found = status(dataset)
@@ -99,7 +99,7 @@ def test_pace_and_what_is_left(folder):
     assert found.stuck == []
 
 
-def test_a_run_that_stands_still(folder):
+def test_a_stalled_run(folder):
     for name, ago in zip(names(folder), range(520, 430, -10), strict=False):
         record(folder, name, ago)
     left = names(folder)[-1]
@@ -156,7 +156,7 @@ def test_the_command(folder, tiny, tmp_path, labeller):
     assert done.returncode == 0 and done.stdout == f"{tmp_path}: no run has begun here: there is no manifest.json\n"
 
 
-def test_the_dataset_tells_what_is_finished(tmp_path):
+def test_progress_comes_from_the_records_of_the_dataset(tmp_path):
     def finish(name: str) -> None:
         fields = {"source": "a", "rows": 2, "tokens": 10, "factual": 0, "bytes": 1, "sha256": "", "bad": 1}
         save(record_path(tmp_path, name), PartRecord(name=name, **fields))

@@ -1,4 +1,4 @@
-"""Jobs on a job server of Beam's in this process: submitted, watched, failed, given up, cancelled."""
+"""Jobs on one of Beam's job servers in this process: submitted, watched, failed, cancelled."""
 
 import threading
 import time
@@ -54,7 +54,7 @@ def nothing() -> Counts:
         (HERE, True),
     ],
 )
-def test_options_that_lead_elsewhere(beam_options, far):
+def test_options_that_name_another_runner(beam_options, far):
     assert submit.elsewhere(beam_options) is far
 
 
@@ -94,13 +94,13 @@ def test_a_runner_that_there_is_not():
     assert len(str(told.value).splitlines()) == 1
 
 
-def test_a_job_that_stands_still_is_given_up_and_cancelled():
+def test_a_stalled_job_is_cancelled():
     with pytest.raises(RunError) as told:
         submit.run(graph(stand_still), beam_options=HERE, count=lambda: Counts(parts=1), patience=0.5)
     assert "a worker may have died; the job was cancelled; finished parts are kept" in str(told.value)
 
 
-def test_a_job_that_stands_still_with_nothing_left_is_done():
+def test_a_stalled_job_with_nothing_left_to_do_is_done():
     everything = {"count": lambda: Counts(parts=1), "complete": lambda: True}
     submit.run(graph(stand_still), beam_options=HERE, patience=0.5, **everything)
     assert not released.is_set()
