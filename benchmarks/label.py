@@ -1,4 +1,4 @@
-"""How fast labelling is: ratios against named baselines, measured in one run on this machine.
+"""Speed of labelling: ratios against named baselines, measured in one run on this machine.
 
     python benchmarks/label.py [CORPUS.jsonl[.gz]] [--documents N] [--scored N] [--rounds N]
 
@@ -10,9 +10,9 @@ scorer_vs_plain          tokens/s of the transformers scorer over those of a pla
 labels_bytes_per_token   size of labels/lacy over its tokens
 signals_bytes_per_token  size of signals over its tokens, with --no-text
 
-Start-up (imports, loading models) is left out everywhere: a run's clock starts when each worker has finished its first
+Start-up (imports, loading models) is excluded: the clock of a run starts when each worker has finished its first
 part. Each ratio is the median over rounds that alternate between the two sides. Without CORPUS: the sample that
-`make demo` fetched. The last line is one JSON object.
+`make demo` downloads. The last line is one JSON object.
 """
 
 import argparse
@@ -81,7 +81,7 @@ def write(path: Path, rows: list[dict[str, str]]) -> Path:
 
 
 def label(corpus: Path, out: Path, workers: int, *options: str) -> float:
-    """Tokens/s from when each worker has finished its first part."""
+    """Tokens/s, counted from when each worker has finished its first part."""
     size = max(1024, corpus.stat().st_size // (20 * workers))
     command = [LACY, "label", corpus, "--out", out, "--workers", workers, "--part-bytes", size, *options]
     subprocess.run([*map(str, command)], check=True, capture_output=True)
@@ -163,16 +163,16 @@ def two_workers(corpus: Path, folder: Path, rounds: int) -> float:
 
 
 def sizes(corpus: Path, folder: Path) -> dict[str, float]:
-    """Of parts as large as the default makes them for a large corpus."""
+    """Bytes per token of parts of the default size for a large corpus."""
     out = folder / "sizes"
     command = [LACY, "label", corpus, "--out", out, "--no-text", "--part-bytes", 1 << 20, "--workers", 1]
     subprocess.run([*map(str, command)], check=True, capture_output=True)
     tokens = json.loads((out / "manifest.json").read_text())["tokens"]
-    found = {}
+    ratios = {}
     for name, part in (("labels", "labels/lacy"), ("signals", "signals")):
         size = sum(path.stat().st_size for path in (out / part).glob("*.parquet"))
-        found[f"{name}_bytes_per_token"] = size / tokens
-    return found
+        ratios[f"{name}_bytes_per_token"] = size / tokens
+    return ratios
 
 
 if __name__ == "__main__":

@@ -1,24 +1,22 @@
-"""How labelling scales with workers that have a GPU each: the real graph, with a scorer that sleeps like a GPU.
+"""Scaling of labelling with workers that have a GPU each: the real graph, with a scorer that sleeps instead of a GPU.
 
     python benchmarks/scale.py [CORPUS.jsonl[.gz]] [--parts N] [--workers N ...] [--gpu-times RATIO ...]
 
 Reading, tokenising, spaCy and the grammar, Beam, writing and the records are real; the reference is a `Sleeper`, which
-takes the time that a GPU of some tokens/s would, and no core. What the cores do for one part is measured first, with a
-GPU that takes no time; then for each RATIO the GPU takes so many times as long, and each of 1 to 4 workers labels N
-parts. Parts are small here (4 KiB of corpus, 1,000 tokens), so what a part costs beside its tokens is 250 times what
-it is in the default's MiB.
+takes the time of a GPU with some tokens/s, and no core. The core time of a part is measured first, with a GPU that
+takes no time; then for each RATIO the GPU takes RATIO times as long, and each of 1 to 4 workers labels N parts. Parts
+are small (4 KiB of corpus, 1,000 tokens), so the fixed cost of a part weighs 250 times as much as in parts of a MiB.
 
-tokens/s       of all workers, while all of them are at work: no start-up, no waiting for the last
-efficiency_n   tokens/s of n workers over n times those of one, at the first RATIO: 1 is a straight line. There the GPU
-               takes ten times as long as the cores, so that the cores of two can feed many: what is lost is the
-               graph's own
-bend           where the line must stop being straight: a worker keeps a core busy for 1/(1 + RATIO) of its time, so
-               that C cores are full with C * (1 + RATIO) workers, after which tokens/s stay what C cores can tag. The
-               second RATIO puts it within reach. A GPU of R tokens/s needs R/T cores where one core tags T tokens/s
-overhead_ms_per_part   of a part's time with one worker, all that is neither GPU nor grammar: reading, tokenising,
-               Beam, writing, the record; the table says what of it is which
+tokens/s       of all workers while all of them work: without start-up and without waiting for the last
+efficiency_n   tokens/s of n workers over n times those of one, at the first RATIO: 1 is linear scaling. There the GPU
+               takes ten times as long as the cores, so that two cores can feed many workers: any loss is the graph's
+bend           number of workers at which scaling must end: a worker keeps a core busy for 1/(1 + RATIO) of its time,
+               so C cores are full with C * (1 + RATIO) workers, and tokens/s stay at what C cores can tag. The second
+               RATIO puts it within reach. A GPU of R tokens/s needs R/T cores where one core tags T tokens/s
+overhead_ms_per_part   time of a part with one worker that is neither GPU nor grammar: reading, tokenising, Beam,
+               writing, the record; the table splits it up
 
-With one worker the graph runs in this process, with more in processes of their own, to which Beam speaks by gRPC.
+With one worker the graph runs in this process, with more in processes of their own, which Beam reaches by gRPC.
 The last line is one JSON object.
 """
 
@@ -45,8 +43,8 @@ from benchmarks.label import load, write  # noqa: E402  (sets one thread for eac
 from lacy.labelers import tokenize  # noqa: E402
 from lacy.labelers.llm import model_folders  # noqa: E402
 from lacy.labelers.llm.scorer import Scores  # noqa: E402
-from lacy.pipeline.corpus.sources import Range, find_files, plan  # noqa: E402
-from lacy.pipeline.graph import AnnotatePlan, build  # noqa: E402
+from lacy.pipeline.corpus.sources import Range, find_files, plan_parts  # noqa: E402
+from lacy.pipeline.graph import Work, build  # noqa: E402
 from lacy.pipeline.options import DEFAULT_REFERENCE, ModelSpec  # noqa: E402
 from lacy.pipeline.runners import local  # noqa: E402
 from lacy.pipeline.write import admit  # noqa: E402
@@ -58,7 +56,7 @@ MIN_CYCLES = 3
 
 
 class Sleeper:
-    """A scorer that takes as long as a GPU, and writes down when it was asked for what."""
+    """A scorer that takes as long as a GPU, and logs when it was called and with how many tokens."""
 
     path = "sleep"
 
@@ -78,18 +76,18 @@ class Sleeper:
 
 
 @dataclass(frozen=True)
-class Found:
+class Rate:
     rate: float  # tokens/s of all workers
-    seconds: dict[str, float]  # of a part, by stage
-    beside: float  # of a part, in none of the stages: Beam, and what stands between them
+    seconds: dict[str, float]  # of one part, by stage
+    beside: float  # seconds of one part outside the stages: Beam
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("corpus", nargs="?", type=Path)
-    parser.add_argument("--parts", type=int, default=10, help="of each worker")
+    parser.add_argument("--parts", type=int, default=10, help="parts of each worker")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 3, 4])
-    parser.add_argument("--gpu-times", type=float, nargs="+", default=[10.0, 0.5], help="what the cores take")
+    parser.add_argument("--gpu-times", type=float, nargs="+", default=[10.0, 0.5], help="GPU time over core time")
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)  # Beam's
     cores = len(os.sched_getaffinity(0))
@@ -107,12 +105,12 @@ def main() -> None:
             print("workers  tokens/s  efficiency   ms of a part: " + "  ".join(f"{name:>9}" for name in STAGES))
             one = 0.0
             for count in arguments.workers:
-                found = run(ranges[: count * arguments.parts], count, gpu, Path(folder) / f"{ratio:g}-{count}")
-                one = one or found.rate / count
-                share = found.rate / (count * one)
+                rate = run(ranges[: count * arguments.parts], count, gpu, Path(folder) / f"{ratio:g}-{count}")
+                one = one or rate.rate / count
+                share = rate.rate / (count * one)
                 efficiency.setdefault(count, share)
-                stages = "  ".join(f"{1000 * found.seconds[name]:9,.0f}" for name in STAGES)
-                print(f"{count:7}  {found.rate:8,.0f}  {share:10.3f}  {'':15}{stages}", flush=True)
+                stages = "  ".join(f"{1000 * rate.seconds[name]:9,.0f}" for name in STAGES)
+                print(f"{count:7}  {rate.rate:8,.0f}  {share:10.3f}  {'':15}{stages}", flush=True)
     result = {f"efficiency_{count}": round(share, 3) for count, share in efficiency.items() if count > 1}
     overhead = bare.seconds["read"] + bare.seconds["write"] + bare.beside
     print(
@@ -122,7 +120,7 @@ def main() -> None:
 
 
 def parts(corpus: Path | None, folder: Path, count: int) -> list[Range]:
-    """Ranges of about PART_BYTES, of documents of PIECE characters."""
+    """`count` ranges of about PART_BYTES, with documents of PIECE characters."""
     need, texts = count * PART_BYTES, []
     for row in load(corpus, need // 100):
         text = row["text"]
@@ -131,13 +129,13 @@ def parts(corpus: Path | None, folder: Path, count: int) -> list[Range]:
         if need < 0:
             break
     file = write(folder / "corpus.jsonl", [{"id": str(number), "text": text} for number, text in enumerate(texts)])
-    ranges = plan(find_files([str(file)]), PART_BYTES)
+    ranges = plan_parts(find_files([str(file)]), PART_BYTES)
     if len(ranges) < count:
         sys.exit(f"the corpus has {len(ranges)} parts of {PART_BYTES} bytes, and {count} are needed: --parts")
     return [part for part in ranges if isinstance(part, Range)]
 
 
-def run(ranges: list[Range], workers: int, gpu: float, folder: Path) -> Found:
+def run(ranges: list[Range], workers: int, gpu: float, folder: Path) -> Rate:
     """Label `ranges` with workers that have a GPU of so many tokens/s each."""
     dataset, log = folder / "dataset", folder / "asked"
     log.mkdir(parents=True)
@@ -150,7 +148,7 @@ def run(ranges: list[Range], workers: int, gpu: float, folder: Path) -> Found:
         factory="benchmarks.scale:Sleeper",
         arguments={"tokens_per_second": gpu, "log": str(log)},
     )
-    work = AnnotatePlan(
+    work = Work(
         dataset=dataset,
         run="run",
         ranges=ranges,
@@ -173,7 +171,7 @@ def run(ranges: list[Range], workers: int, gpu: float, folder: Path) -> Found:
         for before, after in pairwise(costs)
     ]
     beside = [after[0] - before[0] - time for (before, after), time in zip(pairwise(asked[0]), known, strict=False)]
-    return Found(pace(asked), seconds, statistics.median(beside) if workers == 1 else float("nan"))
+    return Rate(pace(asked), seconds, statistics.median(beside) if workers == 1 else float("nan"))
 
 
 def pace(workers: list[list[tuple[float, int]]]) -> float:

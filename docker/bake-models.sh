@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Put models where lacy looks for them, so that no worker downloads any:  bake-models.sh "MODEL MODEL ..."
-# An embedded model goes to $LACY_HOME/models, one of the hub to $HF_HOME, of its weights the safetensors alone.
-# Runs in the folder of the source, of which lacy/__init__.py, labelers/ and schemas/ are enough.
+# Download models to where lacy looks for them, so that no worker does:  bake-models.sh "MODEL MODEL ..."
+# Embedded models go to $LACY_HOME/models, models of the hub to $HF_HOME (of their weights only safetensors).
+# Run it in the source folder; of that, lacy/__init__.py, labelers/ and schemas/ are enough.
 set -euo pipefail
 
 ln -sfn ../schemas ../labelers lacy/

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Install the C compiler with which Triton builds its launchers when a model is first compiled for a GPU.
+# Install the C compiler that Triton needs when a model is first compiled for a GPU.
 set -euo pipefail
 
 apt-get update

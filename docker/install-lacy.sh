@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Install this project into the environment of $PYTHON (default: python), where its lock is installed:
-# install-lacy.sh FOLDER.  Fetches nothing.
+# Install this project into the environment of $PYTHON (default: python), which has the packages of its lock:
+# install-lacy.sh FOLDER.  Downloads nothing.
 set -euo pipefail
 
 python=${PYTHON:-python}

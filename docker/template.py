@@ -1,7 +1,7 @@
-"""What a Dataflow Flex Template runs: `lacy label --on dataflow` with the template's parameters (docs/docker.md).
+"""Entry point of a Dataflow Flex Template: `lacy label --on dataflow` with its parameters (docs/docker.md).
 
-The launcher gives them as --name=value, and Dataflow's own options with them. What template.json names is an option of
-`lacy label`; the rest goes behind its --.
+The launcher passes --name=value, for parameters of the template and for Dataflow's own options. Names in template.json
+are options of `lacy label`; the others go after its --.
 """
 
 import json
@@ -9,13 +9,13 @@ import os
 import sys
 from pathlib import Path
 
-SHARED = ("project", "region", "temp_location")  # Dataflow's, which `lacy label --on dataflow` reads too
+SHARED = ("project", "region", "temp_location")  # Dataflow's options that `lacy label --on dataflow` reads too
 
 
 def command(given: list[str]) -> list[str]:
     metadata = json.loads(Path(__file__).with_suffix(".json").read_text())
     kinds = {parameter["name"]: parameter["paramType"] for parameter in metadata["parameters"]}
-    options, theirs = ["--on=dataflow", "--no-wait"], []
+    options, beam = ["--on=dataflow", "--no-wait"], []
     corpus: list[str] = []
     for argument in given:
         name, _, value = argument.removeprefix("--").partition("=")
@@ -27,9 +27,9 @@ def command(given: list[str]) -> list[str]:
         elif name in kinds:
             options.append(f"{option}={value}")
         else:
-            theirs.append(argument)
+            beam.append(argument)
             options += [f"{option}={value}"] if name in SHARED else []
-    return ["label", *corpus, *options, "--", *theirs]
+    return ["label", *corpus, *options, "--", *beam]
 
 
 if __name__ == "__main__":

@@ -140,23 +140,18 @@ def run_label(
     beam_options  Beam's options of a job, "label" or "decide"
     patience      minutes without a finished part until a job elsewhere is cancelled
     """
-    from lacy.labelers.policies import require
-    from lacy.pipeline.corpus.sources import find_files
-
-    have = {role: getattr(options, role) is not None for role in ("reference", "student", "judge")}
-    require(deciding.policy, deciding.action, **have)
-    find_files(options.corpus)  # before the libraries are imported, which takes seconds
-
     from lacy.pipeline.decide import decide as decide_again
-    from lacy.pipeline.decide import decided
-    from lacy.pipeline.label import annotate
+    from lacy.pipeline.decide import decided, require_policy
+    from lacy.pipeline.label import Run
+    from lacy.pipeline.label import label as measure
 
+    require_policy(options, deciding.policy, deciding.action, deciding.budget)
     started = time.monotonic()
     with LabelView(console) as view:
-        manifest = annotate(
-            with_workers(options, cluster),
+        run = Run(
             cluster=cluster,
             beam_options=beam_options("label"),
+            on_stage=view.stage,
             on_start=view.start,
             on_submit=lambda job: console.print(f"submitted: {job}"),
             on_progress=view.update,
@@ -164,10 +159,13 @@ def run_label(
             patience=None if patience is None else 60 * patience,
             debug=debug,
         )
+        manifest = measure(with_workers(options, cluster), run)
     if manifest.state != "complete":
         console.print("lacy status shows how far it is; rerun the same command to finish it")
         return manifest
     _print_measured(console, manifest, time.monotonic() - started, view.scored, options.out)
+    if view.warning:
+        console.print(f"warning: {view.warning}", style="yellow")
     how: dict[str, Any] = {"budget": deciding.budget, "action": deciding.action, "seed": deciding.seed}
     if before := decided(options.out, deciding.policy, **how):
         print_decided(console, before, "as decided before, ")

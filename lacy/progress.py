@@ -1,5 +1,6 @@
 """Progress and messages of a run: a bar on a terminal and in a notebook, a line every few seconds elsewhere."""
 
+import threading
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -10,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+STAGE_SECONDS = 2.0  # after which a stage is named
 INTERVAL = 10.0  # seconds between progress lines where there is no terminal
 
 
@@ -117,7 +119,31 @@ class LabelView(View):
         super().__init__(console, "label")
         self._bytes = self._parts = 0
         self._before: tuple[int, int, int, int] = (0, 0, 0, 0)
+        self._stage = ""
+        self._timer: threading.Timer | None = None
         self.scored = 0
+        self.warning = ""
+
+    def __exit__(self, *_: object) -> None:
+        self.stage("")
+        super().__exit__()
+
+    def stage(self, name: str) -> None:
+        """Begin a stage, or none ("") once the work itself shows progress."""
+        if self._timer:
+            self._timer.cancel()
+        self._stage, self._timer = name, None
+        if name:
+            self._timer = threading.Timer(STAGE_SECONDS, self._name_stage)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def _name_stage(self) -> None:
+        if self._live:
+            self.begin(self._stage)
+            self._bar.update(self._task, text=self._stage)
+        else:
+            self.console.print(f"label: {self._stage}")
 
     def start(self, outlook: Any) -> None:
         finished = outlook.finished
@@ -128,9 +154,12 @@ class LabelView(View):
             sum(part.tokens for part in finished),
             sum(part.bad for part in finished),
         )
-        if finished:
+        self.warning = outlook.warning
+        if self.warning:
+            self.console.print(f"warning: {self.warning}", style="yellow")
+        if finished and outlook.bytes:
             self.console.print(f"resuming: {len(finished):,} parts are finished")
-        self.begin("loading models")
+        self.begin(self._stage)
 
     def update(self, counts: Any) -> None:
         parts, documents, tokens, bad = self._before
@@ -138,8 +167,11 @@ class LabelView(View):
         elapsed = self.seconds
         fraction = self._fraction(counts, self._bytes + counts.planned_bytes)
         if not self.scored and not counts.parts:
-            self.show(fraction, "loading models")
+            if self._stage and self._live:
+                self.show(fraction, self._stage)
             return
+        if self._stage:
+            self.stage("")
         left = f", {span(elapsed / fraction - elapsed)} left" if counts.parts else ""
         restarts = f", {counts.restarts:,} engine restarts" if counts.restarts else ""
         all_parts = parts + self._parts + counts.planned_parts

@@ -1,1 +1,1 @@
-"""The Beam graphs: a corpus in, a dataset of labelled parts out."""
+"""Labelling: a corpus in, a dataset of labelled parts out."""

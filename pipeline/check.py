@@ -1,8 +1,7 @@
-"""`lacy check`: every part of a dataset against its manifest, and the invariants that hold for every document.
+"""`lacy check`: compare every part of a dataset with its manifest, and verify the invariants of every document.
 
-Parts are looked at in batches: their files are read together, each once, and joined into one table, so that a dataset
-of 100,000 small parts is not 100,000 small computations. A batch that has a fault is halved until it is known whose
-fault it is.
+Parts are checked in batches: their files are read together, each once, and joined into one table, so that a dataset of
+100,000 small parts is not 100,000 small computations. A batch with a fault is halved until the faulty part is known.
 """
 
 import json
@@ -23,11 +22,9 @@ from lacy.schemas.files import read_bytes, read_many, sha256, sizes
 from lacy.schemas.manifest import LabelRecord, LabelSet, Manifest, PartRecord
 from lacy.schemas.parts import LABELS, SIGNALS, TOKEN_COLUMNS, select
 
-BATCH_PARTS, BATCH_TOKENS = 256, 1 << 20  # a batch ends with the part that reaches one of them
 CALL = "<CALL>"
 _COLUMNS = "columns are not those of the schema"
-
-T = TypeVar("T")
+RERUN, DECIDE = "rerun the lacy label command that made the dataset", "run lacy decide again"  # they repair
 
 
 class _Tokenizer(NamedTuple):
@@ -36,18 +33,25 @@ class _Tokenizer(NamedTuple):
     call_id: int
 
 
+T = TypeVar("T")
+
+
 class _File(NamedTuple):
-    """What the manifest, or a label set, says of a file of a part."""
+    """A file of a part, as recorded in the manifest or a label set."""
 
     part: str
     folder: str
     name: str
     sha256: str
     bytes: int | None  # None: not recorded
-    bad: int = 0  # of dead letters
+    bad: int = 0  # dead letters in it
 
     def __str__(self) -> str:
         return f"{self.folder}/{self.name}"
+
+    @property
+    def repair(self) -> str:
+        return DECIDE if self.folder.startswith("labels/") else RERUN
 
 
 def check(
@@ -59,13 +63,13 @@ def check(
     workers: int = 1,
     on_progress: Callable[[int], None] | None = None,
 ) -> Iterator[str]:
-    """One line for each fault of a finished dataset; none when it is sound.
+    """One line for each fault of a finished dataset; none when it is sound. A missing file names the repair.
 
     Args:
-        manifest, sets: what `read_complete` and `label_sets` found there.
-        quick: compare names, sizes and totals alone, and read no part.
-        workers: threads; the work leaves the interpreter to the others.
-        on_progress: is told how many parts are done.
+        manifest, sets: the results of `read_complete` and `label_sets`.
+        quick: compare names, sizes and totals only, and read no part.
+        workers: threads; most of the work releases the interpreter lock.
+        on_progress: called with the number of parts done.
 
     Raises DatasetError when there is no tokenizer, or a store cannot be read.
     """
@@ -73,18 +77,18 @@ def check(
     if tokenizer.sha256 != manifest.tokenizer["sha256"]:
         yield f"tokenizer/ is not the tokenizer of the manifest ({manifest.tokenizer['name']})"
     yield from _totals(manifest, sets)
-    found = {folder: sizes(dataset / folder) for folder in ("signals", "deadletter", *(f"labels/{n}" for n in sets))}
-    yield from _strays(manifest, found)
+    listed = {folder: sizes(dataset / folder) for folder in ("signals", "deadletter", *(f"labels/{n}" for n in sets))}
+    yield from _strays(manifest, listed)
     labels = {name: {entry.name: entry for entry in labels.parts} for name, labels in sets.items()}
     if quick:
         for record in manifest.parts:
-            yield from (f"{file}: {fault}" for file in _files(record, labels) if (fault := _size(file, found)))
+            yield from (f"{file}: {fault}" for file in _files(record, labels) if (fault := _size(file, listed)))
         return
     planned = list(batches(manifest.parts))
     pool = ThreadPoolExecutor(workers)
     try:
         done = 0
-        look = partial(_batch, dataset, tokenizer, labels, found)
+        look = partial(_batch, dataset, tokenizer, labels, listed)
         for batch, faults in zip(planned, pool.map(look, planned), strict=True):
             yield from faults
             done += len(batch)
@@ -119,14 +123,14 @@ def _totals(manifest: Manifest, sets: dict[str, LabelSet]) -> Iterator[str]:
     for name, labels in sets.items():
         missing = named - {record.name for record in labels.parts}
         if missing:
-            yield f"labels/{name}: {len(missing)} parts have no labels: run lacy decide again"
+            yield f"labels/{name}: {len(missing)} parts have no labels: {DECIDE}"
         if labels.tokens != manifest.tokens:
             yield f"labels/{name}: {labels.tokens:,} tokens, the signals have {manifest.tokens:,}"
 
 
-def _strays(manifest: Manifest, found: dict[str, dict[str, int]]) -> Iterator[str]:
+def _strays(manifest: Manifest, listed: dict[str, dict[str, int]]) -> Iterator[str]:
     named = {f"{record.name}.parquet" for record in manifest.parts if record.rows}
-    for folder, names in found.items():
+    for folder, names in listed.items():
         if folder != "deadletter":
             strays = sorted(name for name in names.keys() - named if name.endswith(".parquet"))
             yield from (f"{folder}/{name}: not in the manifest" for name in strays)
@@ -144,35 +148,36 @@ def _files(record: PartRecord, labels: dict[str, dict[str, LabelRecord]]) -> Ite
                 yield _File(record.name, f"labels/{name}", table, entry.sha256, entry.bytes)
 
 
-def _size(file: _File, found: dict[str, dict[str, int]]) -> str:
+def _size(file: _File, listed: dict[str, dict[str, int]]) -> str:
     """The fault that a listing shows, or ""."""
-    size = found[file.folder].get(file.name)
+    size = listed[file.folder].get(file.name)
     if size is None:
-        return f"missing, though the part has {file.bad} bad records" if file.bad else "missing"
-    return "" if file.bytes in (None, size) else f"{size:,} bytes, it was written with {file.bytes:,}"
+        missing = f"missing, though the part has {file.bad} bad records" if file.bad else "missing"
+        return f"{missing}: {file.repair}"
+    return "" if file.bytes in (None, size) else f"{size:,} bytes, it was written with {file.bytes:,}: {file.repair}"
 
 
 def _batch(
     dataset: Path,
     tokenizer: _Tokenizer,
     labels: dict[str, dict[str, LabelRecord]],
-    found: dict[str, dict[str, int]],
+    listed: dict[str, dict[str, int]],
     records: list[PartRecord],
 ) -> list[str]:
     """The faults of some parts."""
     faults, present = [], []
     for file in (file for record in records for file in _files(record, labels)):
-        if file.name in found[file.folder]:
+        if file.name in listed[file.folder]:
             present.append(file)
         else:
-            faults.append(f"{file}: {_size(file, found)}")
-    folders = {folder: dataset / folder for folder in found}
-    tables: dict[str, dict[str, pa.Table]] = {folder: {} for folder in found}  # by folder, by part
+            faults.append(f"{file}: {_size(file, listed)}")
+    folders = {folder: dataset / folder for folder in listed}
+    tables: dict[str, dict[str, pa.Table]] = {folder: {} for folder in listed}  # by folder, by part
     data = read_many([folders[file.folder] / file.name for file in present])
     for file, content in zip(present, data, strict=True):
         try:
             if sha256(content) != file.sha256:
-                raise DatasetError("checksum differs from the manifest")
+                raise DatasetError(f"checksum differs from the manifest: remove it, then {file.repair}")
             if file.folder != "deadletter":
                 tables[file.folder][file.part] = parse(content)
         except DatasetError as error:
@@ -184,7 +189,7 @@ def _batch(
     for (record, _), fault in _located(partial(_signals, tokenizer), measured):
         faults.append(f"signals/{record.name}.parquet: {fault}")
         if fault == _COLUMNS:
-            del signals[record.name]  # there is nothing to compare labels with
+            del signals[record.name]  # labels cannot be compared with it
     for name, entries in labels.items():
         decided = [
             (entries[part], table, signals[part]) for part, table in tables[f"labels/{name}"].items() if part in signals
@@ -195,7 +200,7 @@ def _batch(
 
 
 def _located(find: Callable[[Sequence[T]], Iterator[str]], parts: Sequence[T]) -> Iterator[tuple[T, str]]:
-    """What `find` says of each part. It is asked of many at once, and of one only to know whose fault it is."""
+    """The faults of each part. `find` checks many parts at once; only a fault makes it check fewer."""
     faults = list(find(parts)) if parts else []
     if len(parts) == 1:
         yield from ((parts[0], fault) for fault in faults)
@@ -206,7 +211,7 @@ def _located(find: Callable[[Sequence[T]], Iterator[str]], parts: Sequence[T]) -
 
 
 def _unlike(tables: list[pa.Table], schema: pa.Schema) -> str:
-    """The fault of their columns, or ""."""
+    """The fault in the columns of some tables, or ""."""
     first = tables[0].schema
     if any(table.schema != first for table in tables):
         return "not all have the same columns"
@@ -286,4 +291,4 @@ def _labels(parts: Sequence[tuple[LabelRecord, pa.Table, pa.Table]]) -> Iterator
         if counts != (entry.delegated, entry.ignored):
             yield "counts of labels differ from _policy.json"
     if (label[offsets[:-1][np.diff(offsets) > 0]] != codes.LEARN).any():
-        yield "the first token of a document is not to be learnt"
+        yield "the first token of a document is not labelled learn"

@@ -1,4 +1,4 @@
-"""Documents with one id in several parts: ids alone are read, and compared by DuckDB, which can spill to disk."""
+"""Find documents of several parts that share an id: only ids are read; DuckDB, which can spill to disk, compares."""
 
 import tempfile
 from collections.abc import Iterator
@@ -15,9 +15,9 @@ from lacy.schemas.files import is_remote
 from lacy.schemas.manifest import signals_path
 from lacy.schemas.remote import RemoteFile
 
-READERS, LOCAL_READERS = 32, 2  # parts of a store, of a folder, that are read at a time
-TOGETHER = 1024  # parts whose ids are handed on together
-FOOTER = 1 << 16  # bytes at a part's end, where its index is
+READERS, LOCAL_READERS = 32, 2  # parts read at a time, from a store and from a folder
+TOGETHER = 1024  # parts whose ids make one record batch
+FOOTER = 1 << 16  # bytes at the end of a part that hold its index
 IDS = pa.schema([("part", pa.string()), ("row", pa.int64()), ("doc_id", pa.string())])
 SQL = """
     WITH repeated AS (SELECT doc_id FROM ids GROUP BY doc_id HAVING count(*) > 1)
@@ -27,7 +27,7 @@ SQL = """
 
 
 def duplicates(dataset: Path, parts: dict[str, int]) -> dict[str, list[int]]:
-    """The rows of parts whose id stands in an earlier one: by part, both in order. `parts` are names and bytes."""
+    """Rows whose id occurs earlier in the corpus, by part, both in order. `parts` maps names to bytes."""
     if not parts:
         return {}
     with tempfile.TemporaryDirectory(prefix="lacy-") as spill, duckdb.connect(config={"threads": 2}) as connection:
@@ -35,14 +35,14 @@ def duplicates(dataset: Path, parts: dict[str, int]) -> dict[str, list[int]]:
         connection.register("read", pa.RecordBatchReader.from_batches(IDS, _ids(dataset, parts)))
         connection.execute("CREATE TEMP TABLE ids AS FROM read")
         rows = connection.execute(SQL).fetchall()
-    found: dict[str, list[int]] = {}
+    repeated: dict[str, list[int]] = {}
     for part, row in rows:
-        found.setdefault(part, []).append(row)
-    return found
+        repeated.setdefault(part, []).append(row)
+    return repeated
 
 
 def _ids(dataset: Path, parts: dict[str, int]) -> Iterator[pa.RecordBatch]:
-    """The ids of all parts, many parts at a time."""
+    """The ids of all parts, in batches of parts."""
     names = list(parts)
     with ThreadPoolExecutor(READERS if is_remote(dataset) else LOCAL_READERS) as pool:
         for at in range(0, len(names), TOGETHER):
@@ -55,7 +55,7 @@ def _ids(dataset: Path, parts: dict[str, int]) -> Iterator[pa.RecordBatch]:
 
 
 def _ids_of(path: Path, size: int) -> pa.Array:
-    reader = pq.ParquetReader()  # what ParquetFile wraps, at a cost that shows with small files
+    reader = pq.ParquetReader()  # ParquetFile wraps it, at a cost that shows with small files
     if is_remote(path):
         file: Any = RemoteFile(str(path), max(0, size - FOOTER), size, size=size)
         reader.open(pa.PythonFile(file, "r"), use_memory_map=False, pre_buffer=False)

@@ -1,4 +1,4 @@
-"""The element that flows through the labelling graph, and how it crosses from one machine to another."""
+"""The element of the labelling graph, and its encoding between machines."""
 
 import json
 from dataclasses import asdict, dataclass, field, replace
@@ -9,20 +9,20 @@ import numpy as np
 import pyarrow as pa
 
 from lacy.labelers.tokenize import Tokens
-from lacy.pipeline.corpus.readers import Bad
+from lacy.pipeline.corpus.deadletters import DeadLetter, Fault, dead_letter, position_of
 from lacy.pipeline.corpus.sources import Range
 
 
 @dataclass(frozen=True)
 class Part:
-    """One part on its way: its range, its documents so far (columns of lacy.schemas.parts.SIGNALS), and what is bad."""
+    """A part that is being labelled: its range, its documents (columns of lacy.schemas.parts.SIGNALS), dead letters."""
 
     range: Range
     batch: pa.RecordBatch
-    bad: tuple[Bad, ...] = ()
+    bad: tuple[DeadLetter, ...] = ()
     skipped: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)  # of work by stage
-    scored: dict[str, str] = field(default_factory=dict)  # how each scorer asked its engine: role -> path
+    seconds: dict[str, float] = field(default_factory=dict)  # stage -> seconds of work
+    scored: dict[str, str] = field(default_factory=dict)  # role -> the engine's path to log-probabilities
     judged: dict[str, int] = field(default_factory=dict)  # the judge's windows and spans, counted
 
     def __len__(self) -> int:
@@ -50,24 +50,24 @@ class Part:
     def timed(self, stage: str, seconds: float) -> "Part":
         return replace(self, seconds=self.seconds | {stage: seconds})
 
-    def without(self, errors: dict[int, str]) -> "Part":
-        """Move rows to the bad documents, each with its reason."""
-        if not errors:
+    def without(self, faults: dict[int, Fault]) -> "Part":
+        """Turn rows into dead letters."""
+        if not faults:
             return self
-        keep = np.setdiff1d(np.arange(len(self)), list(errors))
+        keep = np.setdiff1d(np.arange(len(self)), list(faults))
         ids, sources = self.batch.column("doc_id"), self.batch.column("source")
         bad = tuple(
-            Bad(self.range.source, int(sources[row].as_py().rpartition(":")[2]), reason, ids[row].as_py())
-            for row, reason in sorted(errors.items())
+            dead_letter(self.range.source, position_of(sources[row].as_py()), fault, ids[row].as_py())
+            for row, fault in sorted(faults.items())
         )
         return replace(self, batch=self.batch.take(pa.array(keep)), bad=self.bad + bad)
 
 
 class PartCoder(beam.coders.Coder):
-    """A part as an Arrow IPC stream, all else of it as the metadata of the schema.
+    """Encodes a part as an Arrow IPC stream; fields other than the batch are in the schema's metadata.
 
-    Arrow pickles a slice with its whole parent; IPC writes the rows alone. zstd, since services charge for the bytes
-    that they shuffle: a MiB of corpus, 240K tokens, crosses in 1.8 MB instead of 4.5.
+    Arrow pickles a slice with its whole parent; IPC writes only the rows. zstd, because services charge for shuffled
+    bytes: a MiB of corpus, 240K tokens, takes 1.8 MB instead of 4.5.
     """
 
     def encode(self, value: Part) -> bytes:
@@ -83,11 +83,11 @@ class PartCoder(beam.coders.Coder):
         with pa.ipc.open_stream(encoded) as stream:
             batch = stream.read_next_batch()
         about: dict[str, Any] = json.loads(batch.schema.metadata[b"part"])
-        about |= {"range": Range(**about["range"]), "bad": tuple(Bad(**letter) for letter in about["bad"])}
+        about |= {"range": Range(**about["range"]), "bad": tuple(DeadLetter(**letter) for letter in about["bad"])}
         return Part(batch=batch.replace_schema_metadata(None), **about)
 
     def estimate_size(self, value: Part) -> int:
-        """For Beam's metrics, which ask at every step: without encoding."""
+        """A size for Beam's metrics, which ask at every step, without encoding the part."""
         return value.batch.nbytes
 
     def is_deterministic(self) -> bool:

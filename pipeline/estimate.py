@@ -1,13 +1,13 @@
-"""`lacy label --estimate`: label a sample of a corpus as it would be labelled, and say what all of it will take.
+"""`lacy label --estimate`: label a sample of a corpus, and extrapolate what the whole corpus takes.
 
-The sample is some pieces of the corpus at even distances, from a random start; a compressed file gives its first
-pieces, as only these can be reached. Totals are ratios to the bytes of the sampled pieces; their intervals come from
-drawing the pieces again, with replacement (the bootstrap).
+The sample is evenly spaced pieces of the corpus, from a random start; a compressed file gives its first pieces, the
+only ones that can be reached. Totals are ratios to the bytes of the sampled pieces; their intervals come from
+resampling the pieces with replacement (the bootstrap).
 """
 
 import random
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -18,16 +18,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lacy.pipeline.corpus import spool
-from lacy.pipeline.corpus.sources import Range, Stream, default_part_bytes, find_files, part_name, plan
-from lacy.pipeline.decide import decide
-from lacy.pipeline.label import Outlook, begin, finish, measure, models_of
+from lacy.pipeline.corpus.sources import Range, Stream, default_part_bytes, find_files, part_name, plan_parts
+from lacy.pipeline.decide import decide, require_policy
+from lacy.pipeline.fold import fold
+from lacy.pipeline.label import Run, begin, measure
 from lacy.pipeline.options import LabelOptions, ModelSpec
-from lacy.pipeline.runners.heartbeat import Counts, PartCost
+from lacy.pipeline.placement import models_of
+from lacy.pipeline.runners.counts import PartCost
 from lacy.schemas.manifest import CorpusFile
 from lacy.schemas.parts import to_parquet
 
 PIECES = 24
-CPU_PIECE_BYTES = 1 << 14  # some thousand tokens: a minute or two in all, on a laptop
+CPU_PIECE_BYTES = 1 << 14  # some thousand tokens: a minute or two for the whole sample, on a laptop
 DRAWS = 2000
 CONFIDENCE = 0.9
 Draws = npt.NDArray[np.float64]
@@ -46,8 +48,8 @@ class Figure:
 class Estimate:
     """What labelling a whole corpus takes.
 
-    stages  work in hours: of a core, or of an engine where the stage has engines
-    hours   from start to end, with the workers and engines that the options ask for
+    stages  hours of work: of one core, or of one engine where the stage has engines
+    hours   wall-clock hours with the workers and engines that the options ask for
     """
 
     corpus_bytes: Figure  # uncompressed
@@ -66,18 +68,18 @@ class Estimate:
 def estimate(
     options: LabelOptions,
     policy: str = "lacy",
-    budget: float = 0.15,
+    budget: float | None = None,
     *,
     seed: int = 0,
-    on_start: Callable[[Outlook], None] | None = None,
-    on_progress: Callable[[Counts], None] | None = None,
-    debug: bool = False,
+    run: Run = Run(),  # noqa: B008
 ) -> Estimate:
     """Label a sample in a temporary folder; nothing is written to `options.out`.
 
-    Raises what `lacy.pipeline.label.annotate` raises.
+    Raises what `lacy.pipeline.label.label` raises.
     """
+    require_policy(options, policy, budget=budget)
     files = find_files(options.corpus)
+    run.on_stage("finding models")
     tokenizer, specs = models_of(options)
     part_bytes = options.part_bytes or default_part_bytes(files)
     on_cpu = all(spec.backend == "transformers" and not spec.engines for spec in specs.values())
@@ -89,8 +91,8 @@ def estimate(
         pieces = list(_sample(files, sizes, piece, dataset, seed))
         options = options.model_copy(update={"out": dataset, "part_bytes": piece})
         begin(options, files, tokenizer, specs)
-        costs = measure(options, list(pieces), dataset, specs, None, on_start, on_progress, debug) or []
-        finish(dataset, max_bad=1.0)
+        costs = measure(options, list(pieces), specs, run) or []
+        fold(dataset, max_bad=1.0)
         decide(dataset, policy, budget=budget)
         signals, labels = (_bytes_per_token(dataset / kind) for kind in ("signals", f"labels/{policy}"))
     return _extrapolate(
@@ -99,14 +101,14 @@ def estimate(
 
 
 def _uncompressed(files: list[CorpusFile]) -> dict[str, Draws]:
-    """The bytes of each file when it is uncompressed, DRAWS times: known, or by the expansion of a few files."""
-    streams = [item for item in plan(files, 1 << 40) if isinstance(item, Stream)]
+    """Uncompressed bytes of each file, (DRAWS,) each: known, or drawn from the expansion of a few files."""
+    streams = [item for item in plan_parts(files, 1 << 40) if isinstance(item, Stream)]
     known = {file.path: file.bytes for file in files}
     generator = random.Random(0)
-    looked_at = generator.sample(streams, min(PIECES, len(streams)))
-    expansion = np.array([spool.expansion(stream) for stream in looked_at])
+    probed = generator.sample(streams, min(PIECES, len(streams)))
+    expansion = np.array([spool.expansion(stream) for stream in probed])
     draw = np.random.default_rng(0)
-    of_stream = {stream.source: ratio for stream, ratio in zip(looked_at, expansion, strict=True)}
+    of_stream = {stream.source: ratio for stream, ratio in zip(probed, expansion, strict=True)}
     compressed = {stream.source for stream in streams}
     sizes = {}
     for path, size in known.items():
@@ -121,8 +123,8 @@ def _uncompressed(files: list[CorpusFile]) -> dict[str, Draws]:
 
 
 def _sample(files: list[CorpusFile], sizes: dict[str, Draws], piece: int, dataset: Path, seed: int) -> Iterator[Range]:
-    """Pieces at even distances over the corpus, each once, in order."""
-    planned = plan(files, piece)
+    """Evenly spaced pieces of the corpus, each once, in order."""
+    planned = plan_parts(files, piece)
     total = sum(size.mean() for size in sizes.values())
     step = max(total / PIECES, piece)
     position = random.Random(seed).random() * step if total > PIECES * piece else 0.0
@@ -131,23 +133,23 @@ def _sample(files: list[CorpusFile], sizes: dict[str, Draws], piece: int, datase
     for index, file in enumerate(files):
         size = sizes[file.path].mean()
         inside = wanted[(wanted >= start) & (wanted < start + size)] - start
-        mine = [item for item in planned if (item.source == file.path)]
-        if mine and isinstance(mine[0], Stream):
-            yield from islice(spool.cut(mine[0], dataset, piece, set()), len(inside))
-        elif mine and isinstance(mine[0], Range) and mine[0].format == "txt":
-            yield from (item for item in mine[: len(inside)] if isinstance(item, Range))
+        pieces = [item for item in planned if (item.source == file.path)]
+        if pieces and isinstance(pieces[0], Stream):
+            yield from islice(spool.cut(pieces[0], dataset, piece, set()), len(inside))
+        elif pieces and isinstance(pieces[0], Range) and pieces[0].format == "txt":
+            yield from (item for item in pieces[: len(inside)] if isinstance(item, Range))
         else:
             for number in sorted({int(offset // piece) for offset in inside}):
                 begin = number * piece
                 end = min(begin + piece, file.bytes)
-                first = mine[0]
+                first = pieces[0]
                 assert isinstance(first, Range)
                 yield replace(first, name=part_name(index, begin), start=begin, end=end)
         start += size
 
 
 def _bytes_per_token(folder: Path) -> float:
-    """Of one part that holds the whole sample: its pieces are too small to tell."""
+    """Bytes per token of one part that holds the whole sample: single pieces are too small to compress well."""
     tables = [pq.read_table(path) for path in sorted(folder.glob("*.parquet"))]
     whole = pa.concat_tables(tables).combine_chunks()
     return len(to_parquet(whole)) / max(1, len(whole["token_ids"].combine_chunks().flatten()))
@@ -174,7 +176,7 @@ def _extrapolate(
     rng = np.random.default_rng(seed)
     drawn = table[rng.integers(0, len(table), (DRAWS, len(table)))].sum(1)  # (DRAWS, columns)
     spread = drawn / drawn[:, :1] - ratio
-    seen = min(1.0, table[:, 0].sum() / total)  # of the corpus: counts of what has been seen are not uncertain
+    seen = min(1.0, table[:, 0].sum() / total)  # share of the corpus whose counts are certain
     shrink = np.where(np.arange(table.shape[1]) < 3, np.sqrt(1 - seen), 1.0)
     draws = (ratio + spread * shrink) * corpus_bytes[:, None]
     values = ratio * total
@@ -190,7 +192,7 @@ def _extrapolate(
     count = max(engines.values(), default=1)
 
     def wall(rows: Draws) -> Draws:
-        """Workers and engines work side by side."""
+        """Seconds to hours; workers and engines work in parallel."""
         return np.maximum(rows[..., by_workers].sum(-1) / workers, rows[..., on_engines].sum(-1) / count) / 3600
 
     return Estimate(

@@ -1,16 +1,15 @@
-"""The graph that measures: corpus ranges in, signal parts on disk out.
+"""The labelling graph: corpus ranges in, signal parts on disk out.
 
     ranges ----------------------------+
     streams -> cut into ranges (spool) +-> reshuffle -> read, tokenise -> grammar [-> reshuffle] -> LLMs -> write part
 
-What crosses the first shuffle is a description of a range, not its data. Behind it all steps are fused on a local
-runner, so a part is on disk before the next one is read, and an interrupted run loses no more than the parts in hand.
+Descriptions of ranges cross the first shuffle, not data. A local runner fuses all steps behind it, so a part is on disk
+before the next one is read, and an interrupted run loses only the parts that it was working on.
 
-Where the LLMs have machines of their own (`AnnotatePlan.hints`) the parts cross a second shuffle, from the machines
-that tag to those that score; otherwise the runner would fuse the two, and tag on GPU machines. Writing goes with the
-scoring, by the same hints: a runner fuses steps of one environment, and a part that crossed a third time to be written
-on a cheap machine would cost more than the write does, which takes a core a fraction of a second while the engine,
-a process of its own, scores the next part.
+Where the LLMs have machines of their own (`Work.hints`), parts cross a second shuffle, from the machines that tag to
+those that score; otherwise the runner would fuse the two, and tag on GPU machines. Writing stays with scoring, by the
+same hints: a third crossing to a cheap machine would cost more than the write, which takes a core a fraction of a
+second while the engine, a process of its own, scores the next part.
 """
 
 import time
@@ -20,92 +19,101 @@ from pathlib import Path
 
 import apache_beam as beam
 import pyarrow as pa
-from apache_beam.ml.inference.base import RunInference
 
 from lacy.labelers import tokenize
 from lacy.pipeline.corpus import spool
-from lacy.pipeline.corpus.readers import Bad, CopyGoneError, read
+from lacy.pipeline.corpus.deadletters import Code, dead_letter, fault, position_of
+from lacy.pipeline.corpus.readers import CopyGoneError, read
 from lacy.pipeline.corpus.sources import Range, Stream
 from lacy.pipeline.element import Part
-from lacy.pipeline.handlers import GrammarHandler, JudgeHandler, ScoreHandler
 from lacy.pipeline.options import ModelSpec
-from lacy.pipeline.runners.heartbeat import Heartbeat, PartCost
+from lacy.pipeline.runners.counts import PartCost
+from lacy.pipeline.runners.heartbeat import Heartbeat
 from lacy.pipeline.runners.packed import listed, pack, unpack
 from lacy.pipeline.runners.submit import absolute
+from lacy.pipeline.tagging import Tag
 from lacy.pipeline.write import has_record, is_finished, require_admission, write_part
 from lacy.schemas.manifest import PartRecord, at
 
 
 @dataclass(frozen=True)
-class AnnotatePlan:
-    """All that the workers need to know."""
+class Work:
+    """What the workers need to know."""
 
     dataset: Path
     run: str  # the fingerprint of the manifest
     ranges: list[Range]  # not finished yet
     streams: list[Stream]
     part_bytes: int
-    committed: frozenset[str]  # parts that are finished; of streams, whose ranges are not known yet
+    committed: frozenset[str]  # finished parts, for streams: their ranges are not known yet
     tokenizer: str
     spacy: str
     rule: dict[str, bool]  # options of lacy.labelers.grammar.tag
     alignment: str
     models: dict[str, ModelSpec]  # by role: reference, student, judge
     keep_text: bool
-    hints: dict[str, str] = field(default_factory=dict)  # Beam's resource hints: what a machine that scores must have
+    without_torch: bool = False  # nothing needs it
+    hints: dict[str, str] = field(default_factory=dict)  # Beam's resource hints for machines that score
 
 
-def for_other_folders(plan: AnnotatePlan) -> AnnotatePlan:
-    """The same work for processes that run in other folders: no path in it is relative."""
+def for_other_folders(work: Work) -> Work:
+    """The same work with absolute paths, for processes that run in other folders."""
 
     def fixed(spec: ModelSpec) -> ModelSpec:
-        if spec.backend == "server":  # whose names are its own
+        if spec.backend == "server":  # a name on the server is no path
             return spec
         arguments = spec.arguments | {"model": absolute(spec.arguments["model"])}
         return replace(spec, arguments=arguments, tokenizer=spec.tokenizer and absolute(spec.tokenizer))
 
     return replace(
-        plan,
-        dataset=at(absolute(str(plan.dataset))),
-        ranges=[replace(part, path=absolute(part.path)) for part in plan.ranges],
-        streams=[replace(stream, path=absolute(stream.path)) for stream in plan.streams],
-        tokenizer=absolute(plan.tokenizer),
-        spacy=absolute(plan.spacy),
-        models={role: fixed(spec) for role, spec in plan.models.items()},
+        work,
+        dataset=at(absolute(str(work.dataset))),
+        ranges=[replace(part, path=absolute(part.path)) for part in work.ranges],
+        streams=[replace(stream, path=absolute(stream.path)) for stream in work.streams],
+        tokenizer=absolute(work.tokenizer),
+        spacy=absolute(work.spacy),
+        models={role: fixed(spec) for role, spec in work.models.items()},
     )
 
 
-def build(pipeline: beam.Pipeline, plan: AnnotatePlan, heartbeat: Heartbeat) -> None:
+def build(pipeline: beam.Pipeline, work: Work, heartbeat: Heartbeat) -> None:
     """Add the graph to a pipeline."""
     cut = (
-        listed(pipeline, "streams", plan.streams, Stream)
+        listed(pipeline, "streams", work.streams, Stream)
         | "spread streams" >> beam.Reshuffle()
-        | "cut streams" >> beam.ParDo(_Cut(plan.dataset, plan.run, plan.part_bytes, plan.committed, heartbeat))
+        | "cut streams" >> beam.ParDo(_Cut(work.dataset, work.run, work.part_bytes, work.committed, heartbeat))
     )
     parts = (
-        (listed(pipeline, "ranges", plan.ranges, Range), cut)
+        (listed(pipeline, "ranges", work.ranges, Range), cut)
         | beam.Flatten()
         | "spread parts" >> beam.Reshuffle()
-        | "read" >> beam.ParDo(_Read(plan.dataset, plan.run, plan.tokenizer, heartbeat))
-        | "grammar" >> RunInference(GrammarHandler(plan.spacy, plan.rule, plan.alignment)).with_output_types(Part)
+        | "read" >> beam.ParDo(_Read(work.dataset, work.run, work.tokenizer, heartbeat))
+        | "grammar"
+        >> beam.ParDo(Tag(work.spacy, work.rule, work.alignment, work.without_torch)).with_output_types(Part)
     )
-    if plan.hints:
+    if work.hints:
         parts |= "to the scorers" >> beam.Reshuffle()
-    for name, step in _scoring(plan, heartbeat).items():
-        parts |= name >> step.with_output_types(Part).with_resource_hints(**plan.hints)
-    write = beam.ParDo(_Write(plan.dataset, plan.run, plan.keep_text, heartbeat)).with_resource_hints(**plan.hints)
+    for name, step in _scoring(work, heartbeat).items():
+        parts |= name >> step.with_output_types(Part).with_resource_hints(**work.hints)
+    write = beam.ParDo(_Write(work.dataset, work.run, work.keep_text, heartbeat)).with_resource_hints(**work.hints)
     _ = parts | "write" >> write
 
 
-def _scoring(plan: AnnotatePlan, heartbeat: Heartbeat) -> dict[str, beam.PTransform]:
+def _scoring(work: Work, heartbeat: Heartbeat) -> dict[str, beam.PTransform]:
+    if not work.models:
+        return {"no reference": beam.Map(_without_scores)}
+    from apache_beam.ml.inference.base import RunInference  # imports torch, in seconds
+
+    from lacy.pipeline.handlers import JudgeHandler, ScoreHandler
+
     steps: dict[str, beam.PTransform] = {}
-    if reference := plan.models.get("reference"):
+    if reference := work.models.get("reference"):
         steps["reference"] = RunInference(ScoreHandler(reference, "ref_nll", "ref_correct", heartbeat))
     else:
         steps["no reference"] = beam.Map(_without_scores)
-    if student := plan.models.get("student"):
+    if student := work.models.get("student"):
         steps["student"] = RunInference(ScoreHandler(student, "student_nll", None, heartbeat))
-    if judge := plan.models.get("judge"):
+    if judge := work.models.get("judge"):
         steps["judge"] = RunInference(JudgeHandler(judge, heartbeat))
     return steps
 
@@ -152,7 +160,8 @@ class _Read(beam.DoFn):
         keep = []
         for row, doc_id in enumerate(documents.ids):
             if doc_id in seen:
-                bad.append(_duplicate(part.source, documents.sources[row], doc_id))
+                position = position_of(documents.sources[row])
+                bad.append(dead_letter(part.source, position, fault(Code.DUPLICATE), doc_id))
             else:
                 seen.add(doc_id)
                 keep.append(row)
@@ -172,7 +181,7 @@ class _Read(beam.DoFn):
 
 
 class _Write(beam.DoFn):
-    """Writes a part, then its record: from then on it is finished."""
+    """Writes a part, then its record, which makes it finished."""
 
     def __init__(self, dataset: Path, run: str, keep_text: bool, heartbeat: Heartbeat):
         self._dataset, self._run, self._keep_text, self._heartbeat = dataset, run, keep_text, heartbeat
@@ -196,12 +205,8 @@ class _Write(beam.DoFn):
         spool.discard(self._dataset, part.range)
         seconds = part.seconds | {"write": time.monotonic() - started}
         cost = PartCost(part.range.end - part.range.start, record.rows, record.tokens, seconds)
-        self._heartbeat.finished(record.name, cost, part.bad)
+        self._heartbeat.finished(record.name, cost, [letter.code for letter in part.bad])
         yield record
-
-
-def _duplicate(source: str, place: str, doc_id: str) -> Bad:
-    return Bad(source, int(place.rpartition(":")[2]), "the id occurs before in the corpus", doc_id)
 
 
 def _without_scores(part: Part) -> Part:

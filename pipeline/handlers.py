@@ -1,4 +1,7 @@
-"""The models of the labelling graph, as RunInference handlers over whole parts: grammar, scorers, judge."""
+"""Language models as RunInference handlers over whole parts: scorers and the judge.
+
+Imported only where a run has a model: RunInference imports torch.
+"""
 
 import importlib
 import time
@@ -12,13 +15,14 @@ from apache_beam.ml.inference.base import ModelHandler
 
 from lacy.labelers import align, tokenize
 from lacy.labelers.llm.engines import EngineChat, Engines, EngineScorer, EngineSpec, run_folder
+from lacy.pipeline.corpus.deadletters import Code, fault
 from lacy.pipeline.element import Part
 from lacy.pipeline.options import ModelSpec
 from lacy.pipeline.runners.heartbeat import Heartbeat
 
 
 class _PartHandler(ModelHandler[Part, Part, Any]):
-    """A part is a batch already: no batching by Beam, and its size is not found by pickling it."""
+    """A part is a batch already: Beam neither batches it nor pickles it to know its size."""
 
     def should_skip_batching(self) -> bool:
         return True
@@ -27,48 +31,16 @@ class _PartHandler(ModelHandler[Part, Part, Any]):
         return batch.batch.nbytes  # type: ignore[attr-defined]
 
 
-class GrammarHandler(_PartHandler):
-    """Adds `factual`, `pos` and `ent_type`."""
-
-    def __init__(self, spacy: str, rule: dict[str, bool], alignment: str):
-        self._spacy, self._rule, self._alignment = spacy, rule, alignment
-
-    def load_model(self) -> Any:
-        from lacy.labelers import grammar  # spaCy takes seconds to import: only where it is used
-
-        return grammar.load_pipeline(self._spacy)
-
-    def run_inference(
-        self, batch: Sequence[Part], model: Any, inference_args: dict[str, Any] | None = None
-    ) -> Iterable[Part]:
-        part: Part = batch  # type: ignore[assignment]
-        from lacy.labelers import grammar
-
-        started = time.monotonic()
-        texts, tokens = part.texts(), part.tokens()
-        words = grammar.tag(model, texts, **self._rule)
-        word = align.token_words(tokens, texts, words.doc, words.start, words.end, policy=self._alignment)
-        missing = len(words.doc)  # the place of a row of zeros behind the last word
-        word = np.where(word < 0, missing, word)
-        signals = {name: np.append(getattr(words, name), 0)[word] for name in ("factual", "pos", "ent_type")}
-        tagged = part.with_columns(
-            factual=tokens.lists(signals["factual"].astype(bool)),
-            pos=tokens.lists(signals["pos"].astype(np.uint8)),
-            ent_type=tokens.lists(signals["ent_type"].astype(np.uint8)),
-        )
-        return [tagged.timed("grammar", time.monotonic() - started)]
-
-
 @dataclass
 class _Loaded:
-    """Beam shares models by weak reference, so they must be of a class."""
+    """A class, because Beam shares models by weak reference."""
 
     model: Any
     engines: Engines | None
     tokenizer: tokenize.TargetTokenizer | None
 
     def clock(self) -> float:
-        """Seconds of work: of the engines, which are not waited for alone, or else of this process."""
+        """Seconds of work: of the engines, which other workers use too, or else of this process."""
         return self.engines.seconds if self.engines else time.monotonic()
 
 
@@ -88,7 +60,7 @@ def _load(spec: ModelSpec, on_engine: Any, heartbeat: Heartbeat) -> _Loaded:
 
 
 class ScoreHandler(_PartHandler):
-    """Adds `<column>`, the negative log-likelihood of each token, and `correct_column` where it is asked for."""
+    """Adds `column`, the negative log-likelihood of each token, and `correct_column` where the scorer can tell."""
 
     def __init__(self, spec: ModelSpec, column: str, correct_column: str | None, heartbeat: Heartbeat):
         self._spec, self._column, self._correct, self._heartbeat = spec, column, correct_column, heartbeat
@@ -116,13 +88,17 @@ class ScoreHandler(_PartHandler):
         columns = {self._column: target.lists(pa.array(nll, from_pandas=True))}
         if self._correct and correct is not None:
             columns[self._correct] = target.lists(correct)
-        errors = {row: score.error for row, score in enumerate(scores) if score.error}
+        faults = {
+            row: fault(Code.KILLS_ENGINE if score.fatal else Code.NOT_SCORED, score.error)
+            for row, score in enumerate(scores)
+            if score.error
+        }
         scored = replace(part, scored=part.scored | {self._spec.role: model.model.path}).with_columns(**columns)
-        return [scored.without(errors).timed(self._spec.role, model.clock() - started)]
+        return [scored.without(faults).timed(self._spec.role, model.clock() - started)]
 
 
 class JudgeHandler(_PartHandler):
-    """Adds `judge`: how much an LLM marks each token as what a small model cannot infer."""
+    """Adds `judge`: how strongly an LLM marks each token as one that a small model cannot infer."""
 
     def __init__(self, spec: ModelSpec, heartbeat: Heartbeat):
         self._spec, self._heartbeat = spec, heartbeat
@@ -147,7 +123,7 @@ class JudgeHandler(_PartHandler):
 
 
 def _flat(arrays: Sequence[np.ndarray | None], lengths: Sequence[int], missing: Any, dtype: type) -> np.ndarray:
-    """One array after the other; a document without one gets `missing` for each token."""
+    """The arrays concatenated; a document without one gets `missing` for each token."""
     whole = [
         np.full(length, missing, dtype) if array is None or len(array) != length else array
         for array, length in zip(arrays, lengths, strict=True)

@@ -7,9 +7,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainValidator, field_validator, model_validator
 
+from lacy.pipeline.runners.presets import Cluster, require_store
+from lacy.schemas.errors import UsageError
 from lacy.schemas.options import Options, option
 
 DEFAULT_REFERENCE = "smollm2-135m"
+DEFAULT_SPACY = "en_core_web_sm"
+DEFAULT_BUDGET = 0.15
 ROLES = ("reference", "student", "judge")
 
 Backend = Literal["transformers", "vllm", "server"]
@@ -46,7 +50,7 @@ class LabelOptions(Options):
     )
     student: str | None = option(None, "Second, student-size model that scores the corpus.")
     judge: str | None = option(None, "Chat model that marks what a small model cannot infer, for --policy judge.")
-    spacy: str = option("en_core_web_sm", "English spaCy pipeline: package or folder.")
+    spacy: str = option(DEFAULT_SPACY, "English spaCy pipeline: package or folder.")
     trust_remote_code: bool = option(False, "Run code that comes with a model.")
 
     scorer: Literal["auto", "transformers", "vllm", "server"] = option(
@@ -119,8 +123,10 @@ class LabelOptions(Options):
             raise ValueError(f"--overlap {self.overlap} must be less than --window {self.window}")
         if self.reference is None and self.tokenizer is None:
             raise ValueError("--reference none needs --tokenizer")
-        if self.reference is None and self.student is not None:
-            raise ValueError("--student needs a --reference")
+        if self.reference is None:
+            for name in ("student", "window", "overlap", "batch_tokens", "server"):
+                if getattr(self, name):
+                    raise ValueError(f"--{name.replace('_', '-')} needs a --reference, and there is none")
         if self.scorer == "server" and not self.server:
             raise ValueError("--scorer server needs --server URL")
         if self.server and self.scorer not in ("server", "auto"):
@@ -142,10 +148,28 @@ class DecideOptions(Options):
     """How labels follow from what was measured."""
 
     policy: PolicyName = option("lacy", "Rule that chooses tokens (docs/policies.md).", panel="Labels")
-    budget: float = option(0.15, "Share of all tokens that may be chosen.", ge=0, le=1)
+    budget: float | None = option(
+        None, "Share of all tokens that may be chosen.", unset=f"{DEFAULT_BUDGET:g}", ge=0, le=1
+    )
     action: Action = option("delegate", "Label of chosen tokens; ignore masks them instead.")
     name: str | None = option(None, "Name of the label set.", unset="the policy's")
     seed: int = option(0, "Seed of the policy random, and of ties.")
+
+
+def require_reach(cluster: Cluster, options: LabelOptions) -> None:
+    """Raises UsageError for what the machines of a cluster cannot do or reach."""
+    if options.estimate:
+        raise UsageError("--estimate labels its sample on this machine: leave out --on, and see lacy plan")
+    if cluster.gpu and options.scorer == "server":
+        raise UsageError("--gpu is for models on the cluster's own machines: leave out --gpu, or --scorer server")
+    if cluster.gpu and not (options.reference or options.judge):
+        raise UsageError("--gpu needs a model, and there is none: leave it out, or name a --reference")
+    if cluster.gpu and options.device == "cpu":
+        raise UsageError("--gpu and --device cpu: leave out one of them")
+    require_store(cluster, str(options.out))
+    here = [path for path in options.corpus if "://" not in path]
+    if cluster.on == "dataflow" and here:
+        raise UsageError(f"{here[0]} is on this machine, out of reach of Dataflow: copy it to gs://")
 
 
 @dataclass(frozen=True)

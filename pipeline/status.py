@@ -1,28 +1,29 @@
-"""`lacy status`: how far a run is, on any runner, by what its dataset holds.
+"""`lacy status`: the progress of a run, on any runner, read from its dataset.
 
-Each finished part leaves a record in DATASET/.parts; when it was written tells the pace. What is planned follows from
-the manifest, and for compressed files from the lists of their pieces, once they are cut.
+Each finished part leaves a record in DATASET/.parts; the times of the records give the pace. The planned parts follow
+from the manifest and, for compressed files, from the lists of their pieces once they are cut.
 """
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Set
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
-from lacy.pipeline.corpus.sources import SPOOL, Range, Stream, plan
-from lacy.schemas.files import folders, modified, read_bytes, read_many
-from lacy.schemas.manifest import LabelSet, Manifest, PartRecord, label_sets, read_manifest, record_path
+from lacy.pipeline.corpus.sources import SPOOL, Range, Stream, plan_parts
+from lacy.pipeline.runners.counts import Counts
+from lacy.schemas.files import folders, modified, read_bytes, read_many, sizes
+from lacy.schemas.manifest import RECORDS, LabelSet, Manifest, PartRecord, label_sets, read_manifest, record_path
 
 WINDOW = 600.0  # seconds that the pace is measured over
-QUIET, PAUSES = 300.0, 10.0  # a run stands still when it was quiet for so long, and for so many times its usual pause
-NAMED = 5  # parts that are named when a run stands still
+QUIET, PAUSES = 300.0, 10.0  # a run is stalled after this many seconds and this many of its usual pauses between parts
+NAMED = 5  # unfinished parts that a stalled run may list by name
 
 
 class Measured(NamedTuple):
-    """What a record tells of its part."""
+    """The part of a record that progress needs."""
 
     rows: int
     tokens: int
@@ -43,14 +44,14 @@ class Status(BaseModel):
     dataset: str
     state: Literal["none", "running", "complete"]
     parts: int = 0
-    parts_planned: int | None = None  # without those of files that are not cut yet; None: unknown, with --limit
+    parts_planned: int | None = None  # excluding files that are not cut yet; None: unknown, because of --limit
     uncut: int = 0  # compressed files whose parts are not known yet
     documents: int = 0
     tokens: int = 0
     bad: int = 0
-    corpus_bytes: int = 0  # as it lies there, compressed files compressed
+    corpus_bytes: int = 0  # compressed files count compressed
     corpus_bytes_done: int = 0
-    share: float = 0.0  # of the run that is done
+    share: float = 0.0  # of the run that is done, 0 to 1
     last_part: float | None = None  # when it was finished, seconds since 1970
     parts_per_second: float | None = None
     tokens_per_second: float | None = None
@@ -60,9 +61,9 @@ class Status(BaseModel):
 
 
 def status(dataset: Path, known: dict[str, Measured] | None = None, now: float | None = None) -> Status:
-    """How far the run is that writes a dataset.
+    """The progress of the run that writes a dataset.
 
-    known: what earlier calls read, by part; this one reads the records that are new, and adds them.
+    known: records by part from earlier calls; only new records are read, and added.
 
     Raises DatasetError for a manifest that is damaged, or a store that cannot be read.
     """
@@ -78,8 +79,8 @@ def status(dataset: Path, known: dict[str, Measured] | None = None, now: float |
 
 
 def update(dataset: Path, known: dict[str, Measured]) -> list[str]:
-    """Add to `known` what the new records in a dataset say, and return the names of those that are damaged."""
-    times = {name.removesuffix(".json"): at for name, at in modified(dataset / ".parts", "part-*.json").items()}
+    """Add the new records of a dataset to `known`; returns the names of damaged records."""
+    times = {name.removesuffix(".json"): at for name, at in modified(dataset / RECORDS, "part-*.json").items()}
     for gone in known.keys() - times.keys():
         del known[gone]
     new = [name for name, at in times.items() if name not in known or known[name].at != at]
@@ -92,6 +93,32 @@ def update(dataset: Path, known: dict[str, Measured]) -> list[str]:
         else:
             known[name] = Measured(record.rows, record.tokens, record.bad, times[name])
     return damaged
+
+
+def counter(dataset: Path, before: Set[str], bytes_of: dict[str, int]) -> Callable[[], Counts]:
+    """A function that counts the parts finished from now on, by their records, and those cut from streams.
+
+    before: parts that an earlier run finished
+    bytes_of: corpus bytes of a part, where known
+    """
+    earlier = modified(dataset / RECORDS, "part-*.json")
+    known = {name: Measured(0, 0, 0, at) for file, at in earlier.items() if (name := file[:-5]) in before}
+    cut: set[str] = set()
+
+    def count() -> Counts:
+        update(dataset, known)
+        copies = {name.partition(".")[0] for name in sizes(dataset / SPOOL, "part-*")}
+        cut.update((copies | known.keys()) - before - bytes_of.keys())
+        return Counts(
+            documents=sum(part.rows for part in known.values()),
+            tokens=sum(part.tokens for part in known.values()),
+            bad=sum(part.bad for part in known.values()),
+            parts=len(known.keys() - before),
+            bytes=sum(bytes_of.get(name, 0) for name in known),
+            planned_parts=len(cut),
+        )
+
+    return count
 
 
 def _complete(dataset: Path, manifest: Manifest) -> dict[str, object]:
@@ -160,11 +187,11 @@ def _running(dataset: Path, manifest: Manifest, known: dict[str, Measured], now:
 
 
 def _planned(dataset: Path, manifest: Manifest) -> tuple[list[tuple[Range, float]], list[Stream]]:
-    """The parts that are known with their bytes of the corpus, and the compressed files that are not cut yet."""
+    """The known parts with their corpus bytes, and the compressed files that are not cut yet."""
     bytes_of = {file.path: file.bytes for file in manifest.corpus}
     parts: list[tuple[Range, float]] = []
     streams = []
-    for item in plan(manifest.corpus, manifest.options["part_bytes"]):
+    for item in plan_parts(manifest.corpus, manifest.options["part_bytes"]):
         if isinstance(item, Range):
             parts.append((item, item.end - item.start))
         else:
@@ -185,17 +212,18 @@ def _planned(dataset: Path, manifest: Manifest) -> tuple[list[tuple[Range, float
 def _damaged(names: list[str]) -> Iterator[str]:
     if names:
         others = f" and {len(names) - 1:,} others are" if len(names) > 1 else " is"
-        yield f".parts/{names[0]}.json{others} damaged: remove them, and their parts are measured again"
+        yield f"{RECORDS}/{names[0]}.json{others} damaged: remove them, and their parts are measured again"
 
 
 def _still(times: list[float], begun: float, now: float, left: list[Range], *, whole: bool) -> Iterator[str]:
-    """Lines about a run that stands still. times: when its parts were finished, sorted"""
+    """Lines about a stalled run. `times`: when its parts were finished, sorted."""
     if whole:
-        yield "all parts are measured: if the run has ended, the same lacy label command completes the dataset"
+        yield "all parts are measured: if the run has ended, rerun the same lacy label command to complete the dataset"
         return
     usual = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 0.0
     quiet = now - (times[-1] if times else begun)
     if quiet > max(QUIET, PAUSES * usual):
-        yield f"no part was finished for {quiet / 60:,.0f} minutes: if the run has ended, the same command goes on"
+        minutes = f"{quiet / 60:,.0f} minutes"
+        yield f"no part was finished for {minutes}: if the run has ended, rerun the same command to resume"
         if len(left) <= NAMED:
             yield from (f"left: {part.name} ({part.source}, bytes {part.start:,} to {part.end:,})" for part in left)

@@ -1,4 +1,4 @@
-"""`lacy tokenizer`: a byte-level BPE tokenizer of the SLM's own, trained on a corpus."""
+"""`lacy tokenizer`: train a byte-level BPE tokenizer for the small model on a corpus."""
 
 import os
 import shutil
@@ -12,21 +12,27 @@ from tokenizers.pre_tokenizers import ByteLevel
 from lacy.labelers import tokenize
 from lacy.pipeline.corpus import spool
 from lacy.pipeline.corpus.readers import read
-from lacy.pipeline.corpus.sources import Range, find_files, plan
-from lacy.schemas.errors import CorpusError
+from lacy.pipeline.corpus.sources import Range, find_files, plan_parts
+from lacy.schemas.errors import CorpusError, TokenizerError, UsageError
 
-PIECE = 1 << 24  # bytes of corpus that are read at a time
+PIECE = 1 << 24  # bytes of corpus read at a time
+FEWEST_ENTRIES = 256 + 2  # bytes and special tokens
 
 
 def train(corpus: list[str], out: Path, vocab_size: int = 32000, limit: int | None = None) -> tuple[int, int]:
     """Train on every document of a corpus, or its first `limit`, and write a tokenizer folder.
 
-    The vocabulary has at most `vocab_size` entries, with `<|endoftext|>` and `<CALL>` among them as special tokens;
-    a small corpus may give fewer. Returns (documents read, entries). Raises CorpusError, and TokenizerError when
-    `out` is in use.
+    The vocabulary has at most `vocab_size` entries, with `<|endoftext|>` and `<CALL>` among them as special tokens; a
+    small corpus gives fewer, when it has no pair left to merge. Returns (documents read, entries).
+
+    Raises UsageError for a vocabulary that cannot hold all bytes, CorpusError, TokenizerError when `out` is in use.
     """
+    if vocab_size < FEWEST_ENTRIES:
+        raise UsageError(
+            f"--vocab-size {vocab_size} is too small: all bytes and two special tokens are {FEWEST_ENTRIES} entries"
+        )
     if out.exists() and any(out.iterdir()):
-        raise tokenize.TokenizerError(f"{out} has files in it: name a new folder with --out")
+        raise TokenizerError(f"{out} has files in it: name a new folder with --out")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -61,7 +67,7 @@ def _texts(corpus: list[str], limit: int | None) -> Iterator[str]:
     left = limit
     folder = Path(tempfile.mkdtemp(prefix="lacy-"))
     try:
-        for item in plan(find_files(corpus), PIECE):
+        for item in plan_parts(find_files(corpus), PIECE):
             for part in [item] if isinstance(item, Range) else spool.cut(item, folder, PIECE, set()):
                 texts = read(part).texts[:left]
                 spool.discard(folder, part)

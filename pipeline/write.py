@@ -1,4 +1,4 @@
-"""A finished part on disk: its signals, its dead letters, and last its record."""
+"""Write a finished part: its signals, its dead letters and, last, its record."""
 
 import json
 from dataclasses import asdict
@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from lacy.pipeline.corpus.readers import Bad
+from lacy.pipeline.corpus.deadletters import DeadLetter
 from lacy.schemas.errors import DatasetError
 from lacy.schemas.files import read_bytes, sha256, write_atomic
 from lacy.schemas.manifest import RECORDS, PartRecord, deadletter_path, read_manifest, record_path, save, signals_path
@@ -19,12 +19,11 @@ def write_part(
     name: str,
     source: str,
     table: pa.Table,
-    bad: tuple[Bad, ...],
+    bad: tuple[DeadLetter, ...],
     **facts: Any,
 ) -> PartRecord:
-    """Write the files of a part and, last, its record; `facts` are fields of it that the table does not tell.
-
-    Writing a part again gives the same bytes.
+    """Write the files of a part and, last, its record; `facts` are the fields of the record that the table does not
+    determine. Writing the same part again gives the same bytes.
     """
     data: memoryview | bytes = b""
     if table.num_rows:
@@ -51,24 +50,24 @@ def write_part(
 
 
 class RunOverError(DatasetError):
-    """A worker whose run nobody waits for any more."""
+    """The run of this worker has ended."""
 
 
 def admit(dataset: Path, run: str) -> None:
     """Let the workers of a run write to a dataset, until its records are folded into the manifest or it is removed.
 
-    A launcher that is killed leaves workers of other machines behind, which would write on for hours, perhaps into
-    what stands in the place of their dataset by then.
+    A killed launcher leaves workers on other machines behind. They would go on writing for hours, perhaps into another
+    dataset of the same name.
     """
     write_atomic(_admission(dataset, run), b"")
 
 
 def require_admission(dataset: Path, run: str) -> None:
-    """Raises RunOverError where the run may not write any more."""
+    """Raises RunOverError when the run may no longer write."""
     try:
         read_bytes(_admission(dataset, run))
     except FileNotFoundError:
-        raise RunOverError(f"{dataset} was finished or removed while this run went on") from None
+        raise RunOverError(f"{dataset} was finished or removed while this run was going on") from None
 
 
 def _admission(dataset: Path, run: str) -> Path:
@@ -76,7 +75,7 @@ def _admission(dataset: Path, run: str) -> Path:
 
 
 def has_record(dataset: Path, name: str) -> bool:
-    """Whether a part is finished: by a worker that was taken for lost, or by another run of the same command."""
+    """Whether a part is finished, by another run of the same command or by a worker that was presumed lost."""
     try:
         return bool(read_bytes(record_path(dataset, name)))
     except FileNotFoundError:

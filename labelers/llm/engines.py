@@ -263,7 +263,7 @@ class EngineScorer:
             batch = documents[begin:end]
             answers = self.engines.run("score", batch, on_tokens=on_tokens)
             results += [
-                Scores(np.full(document.size, np.nan, np.float32), None, answer.reason)
+                Scores(np.full(document.size, np.nan, np.float32), None, answer.reason, fatal=True)
                 if isinstance(answer, Died)
                 else answer
                 for document, answer in zip(batch, answers, strict=True)

@@ -26,11 +26,13 @@ class Scores:
              context; NaN everywhere if `error` is set
     correct  (T,) bool: no token was more likely than this one. False at position 0; None where the backend cannot tell
     error    why this document could not be scored, or None
+    fatal    whether the engine died of this document
     """
 
     nll: np.ndarray
     correct: np.ndarray | None
     error: str | None = None
+    fatal: bool = False
 
 
 class Scorer(Protocol):

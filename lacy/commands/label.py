@@ -61,7 +61,7 @@ def label(
 
     console = messages()
     if machines:
-        from lacy.pipeline.runners.presets import require_reach
+        from lacy.pipeline.options import require_reach
 
         require_reach(machines, options)
     if not options.estimate:
@@ -77,18 +77,17 @@ def label(
         )
         return
     from lacy.pipeline.estimate import estimate
+    from lacy.pipeline.label import Run
     from lacy.tables import show_estimate
 
     with LabelView(console) as view:
-        measured = estimate(
-            api.with_workers(options), how.policy, how.budget,
-            on_start=view.start, on_progress=view.update, debug=running.debug,
-        )  # fmt: skip
+        run = Run(on_stage=view.stage, on_start=view.start, on_progress=view.update, debug=running.debug)
+        measured = estimate(api.with_workers(options), how.policy, how.budget, run=run)
     show_estimate(measured)
     if save_rates:
         import json
 
-        from lacy.pipeline.plan import measured as rates_of
+        from lacy.pipeline.cost import measured as rates_of
 
         save_rates.write_text(json.dumps(rates_of(measured), indent=1) + "\n")
 
@@ -159,8 +158,7 @@ def plan(
     json: Annotated[bool, typer.Option("--json", help="Print JSON, with the rates.")] = False,
 ) -> None:
     """Estimate the parts, machines, hours and money that a corpus takes on Dataflow; every rate can be replaced."""
-    from lacy.pipeline.plan import DEFAULTS, amount, with_dataset, with_file
-    from lacy.pipeline.plan import plan as make_plan
+    from lacy.pipeline.cost import DEFAULTS, amount, estimate_cost, with_dataset, with_file
     from lacy.tables import show_plan
 
     if tokens and size:
@@ -170,7 +168,7 @@ def plan(
     known, total = with_dataset(DEFAULTS, dataset) if dataset else (DEFAULTS, 0)
     known = with_file(known, rates) if rates else known
     wanted = amount(size) / known["bytes_per_token"].value if size else amount(tokens) if tokens else float(total)
-    planned = make_plan(
+    planned = estimate_cost(
         wanted, known, models=models, gpu=gpu, gpus=gpus, hours=hours, taggers=taggers, scorers=scorers,
         part_bytes=part_bytes,
     )  # fmt: skip

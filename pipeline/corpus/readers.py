@@ -1,7 +1,7 @@
-"""A byte range of a corpus file in, documents out. What is no document is told apart by its reason, never dropped.
+"""Read the documents in a byte range of a corpus file. A record that is no document becomes a dead letter.
 
-Text is passed on as it stands: nothing is stripped, normalised or re-encoded. JSON Lines and Parquet use Dolma's
-field names (`id`, `text`); a record without an id gets its place in the corpus as one.
+Text is passed on unchanged: nothing is stripped, normalised or re-encoded. JSON Lines and Parquet use Dolma's field
+names (`id`, `text`); a record without an id gets its location in the corpus as its id.
 """
 
 import io
@@ -14,26 +14,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lacy.pipeline.corpus.deadletters import MAX_RECORD_BYTES, Code, DeadLetter, Fault, dead_letter, fault, location
 from lacy.pipeline.corpus.sources import Range
 from lacy.pipeline.corpus.wikitext import articles as wikitext
 from lacy.schemas.errors import DatasetError
 from lacy.schemas.remote import RemoteFile
 
 CHUNK = 1 << 20
-TAIL = 1 << 16  # of a store, what is fetched beyond a range, where its last record ends
-STREAM = 8 << 20  # of a store, what is fetched at a time of a file that is read from its beginning
-MAX_RECORD_BYTES = 64 << 20
-TOO_LONG = f"longer than {MAX_RECORD_BYTES >> 20} MiB"
-
-
-@dataclass(frozen=True)
-class Bad:
-    """A record that is no document. `position`: its byte in the source, or its row in a Parquet file."""
-
-    source: str
-    position: int
-    reason: str
-    doc_id: str = ""
+TAIL = 1 << 16  # bytes fetched from a store beyond a range, where its last record ends
+STREAM = 8 << 20  # bytes fetched at a time from a store when a file is read from its beginning
 
 
 @dataclass
@@ -41,77 +30,77 @@ class Documents:
     ids: list[str] = field(default_factory=list)
     sources: list[str] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
-    bad: list[Bad] = field(default_factory=list)
-    skipped: int = 0  # records that are meant not to be documents, such as a dump's redirects
+    bad: list[DeadLetter] = field(default_factory=list)
+    skipped: int = 0  # records that are no documents by design, such as a dump's redirects
 
 
 def read(part: Range) -> Documents:
-    """The documents that begin in a range. A file that cannot be read ends as one bad record, at its first part.
+    """The documents that begin in a range. A file that cannot be read gives one dead letter, in its first part.
 
     Raises DatasetError when a store cannot be reached, CopyGoneError when the copy of a stream is gone.
     """
     documents = Documents()
     try:
-        found = _READERS[part.format](part) if part.end > part.start or not part.error else iter(())
-        for position, doc_id, value in found:
+        records = _READERS[part.format](part) if part.end > part.start or not part.error else iter(())
+        for position, doc_id, value in records:
             if len(documents.ids) == part.limit:
                 return documents
             _add(documents, part.source, position, doc_id, value)
     except DatasetError:  # a store that cannot be reached says nothing about the file
         raise
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
         whole = isinstance(error, _FileError)
         if not whole or part.start == 0:
-            text = f"cannot read: {type(error.__cause__ or error).__name__}: {reason}"
-            documents.bad.append(Bad(part.source, 0 if whole else part.base + part.start, text))
+            lines = str(error).strip().splitlines() or [""]
+            unreadable = fault(Code.UNREADABLE, f"{type(error.__cause__ or error).__name__}: {lines[0]}")
+            documents.bad.append(dead_letter(part.source, 0 if whole else part.base + part.start, unreadable))
     if part.error:
-        documents.bad.append(Bad(part.source, part.base + part.end, part.error))
+        broken = Fault(Code(part.error_code), part.error)
+        documents.bad.append(dead_letter(part.source, part.base + part.end, broken))
     return documents
 
 
 class CopyGoneError(DatasetError):
-    """The copy of a piece of a stream is not there any more: another run that writes the same dataset was first."""
+    """The copy of a piece of a stream is gone: another run that writes the same dataset has finished its part."""
 
 
 class _FileError(Exception):
-    """Nothing of the file can be read, whichever range is asked for."""
+    """Nothing of the file can be read, whatever the range."""
 
 
 class _Skip:
-    """Stands for a record that is meant not to be a document."""
+    """Stands for a record that is no document by design."""
 
 
-_Record = tuple[int, Any, Any]  # position, id (None: make one), text; a Bad reason as ValueError; or _Skip
+_Record = tuple[int, Any, Any]  # position; id (None: make one); text, a Fault or _Skip
 
 
 def _add(documents: Documents, source: str, position: int, doc_id: Any, value: Any) -> None:
-    place = f"{source}:{position}"
     if value is _Skip:
         documents.skipped += 1
         return
     name = str(doc_id) if isinstance(doc_id, str | int) and not isinstance(doc_id, bool) and doc_id != "" else ""
-    reason = None
-    if isinstance(value, ValueError):
-        reason = str(value)
+    wrong: Fault | None = None
+    if isinstance(value, Fault):
+        wrong = value
     elif not isinstance(value, str):
-        reason = "no text" if value is None else f"text is {_json_type(value)}, not a string"
+        wrong = fault(Code.NO_TEXT) if value is None else fault(Code.TEXT_OF_ANOTHER_TYPE, _json_type(value))
     elif not value.strip():
-        reason = "text is empty"
+        wrong = fault(Code.EMPTY)
     elif doc_id is not None and not name:
-        reason = "id is empty" if doc_id == "" else f"id is {_json_type(doc_id)}, not a string"
+        wrong = fault(Code.BAD_ID, "empty" if doc_id == "" else f"{_json_type(doc_id)}, not a string")
     else:
         try:
             value.encode()
             name.encode()
         except UnicodeEncodeError:
-            reason = "not valid Unicode: a lone surrogate"
+            wrong = fault(Code.NOT_UTF8, "Unicode: a lone surrogate")
             name = name.encode(errors="replace").decode()
-    if reason is not None:
-        documents.bad.append(Bad(source, position, reason, name))
+    if wrong is not None:
+        documents.bad.append(dead_letter(source, position, wrong, name))
         return
-    documents.ids.append(name or place)
-    documents.sources.append(place)
+    documents.ids.append(name or location(source, position))
+    documents.sources.append(location(source, position))
     documents.texts.append(value)
 
 
@@ -121,14 +110,14 @@ def _json_type(value: Any) -> str:
 
 
 def open_file(path: str) -> io.BufferedReader:
-    """A corpus file as it lies there, compressed or not, to read from its beginning. Raises OSError."""
+    """Open a corpus file, compressed or not, to read its bytes from the beginning. Raises OSError."""
     if "://" not in path:
         return open(path, "rb")
     return io.BufferedReader(RemoteFile(path, ahead=STREAM), CHUNK)
 
 
 def _open_range(part: Range) -> io.BufferedReader:
-    """The same, to read a range of it: with one request to a store, where its last record is not long."""
+    """Open a corpus file to read a range of it: one request to a store, unless the last record is long."""
     try:
         if "://" not in part.path:
             return open(part.path, "rb")
@@ -137,15 +126,15 @@ def _open_range(part: Range) -> io.BufferedReader:
         return io.BufferedReader(RemoteFile(part.path, start, end, ahead=CHUNK), CHUNK)
     except FileNotFoundError:
         if part.path != part.source:
-            raise CopyGoneError(f"{part.path} is gone: run the same command again to go on") from None
+            raise CopyGoneError(f"{part.path} is gone: rerun the same command to resume") from None
         raise
 
 
 def records(chunks: Iterator[bytes], start_mark: bytes, end_mark: bytes) -> Iterator[tuple[int, bytes | None]]:
     """Cut a stream at record ends: (offset of the record's first byte, its bytes).
 
-    A record goes from `start_mark` ("" for: where the last one ended) through `end_mark`; what stands between
-    records is passed over. One over MAX_RECORD_BYTES comes as None. The last may lack its end mark.
+    A record goes from `start_mark` (empty: the end of the last record) through `end_mark`; bytes between records are
+    skipped. One over MAX_RECORD_BYTES comes as None. The last may lack its end mark.
     """
     buffer, offset, searched, lost = b"", 0, 0, -1
     for chunk in chunks:
@@ -179,7 +168,7 @@ MARKS = {"jsonl": (b"", b"\n"), "xml": (b"<page>", b"</page>")}
 
 
 def read_chunks(file: io.BufferedReader | BZ2File) -> Iterator[bytes]:
-    """What is there already comes first: of a store, no more is fetched than is used."""
+    """Chunks of a file. Bytes that are buffered already come first, so a store is asked for no more than is used."""
     while chunk := file.read1(CHUNK):
         yield chunk
 
@@ -194,7 +183,7 @@ def _records_in(part: Range) -> Iterator[tuple[int, bytes | None]]:
     with file:
         begin = part.start
         if begin > 0 and not start_mark:
-            # The line that `begin` stands in belongs to the part before, unless it begins right here.
+            # The line around `begin` belongs to the part before, unless it begins right here.
             file.seek(begin - 1)
             rest = file.readline(part.end - begin + 1)
             if not rest.endswith(end_mark):
@@ -210,7 +199,7 @@ def _records_in(part: Range) -> Iterator[tuple[int, bytes | None]]:
 def _read_jsonl(part: Range) -> Iterator[_Record]:
     for position, line in _records_in(part):
         if line is None:
-            yield position, None, ValueError(TOO_LONG)
+            yield position, None, fault(Code.TOO_LONG)
         elif line.strip():
             yield position, *_parse_line(line)
 
@@ -219,20 +208,20 @@ def _parse_line(line: bytes) -> tuple[Any, Any]:
     try:
         record = json.loads(line.decode())
     except UnicodeDecodeError as error:
-        return None, ValueError(f"not valid UTF-8 at byte {error.start} of the line")
+        return None, fault(Code.NOT_UTF8, f"UTF-8 at byte {error.start} of the line")
     except RecursionError:
-        return None, ValueError("not JSON: nested too deep")
+        return None, fault(Code.NOT_JSON, "nested too deep")
     except ValueError as error:
-        return None, ValueError(f"not JSON: {error}")
+        return None, fault(Code.NOT_JSON, error)
     if not isinstance(record, dict):
-        return None, ValueError(f"the line is {_json_type(record)}, not an object")
+        return None, fault(Code.NOT_AN_OBJECT, _json_type(record))
     return record.get("id"), record.get("text")
 
 
 def _read_xml(part: Range) -> Iterator[_Record]:
     for position, xml in _records_in(part):
         if xml is None:
-            yield position, None, ValueError(TOO_LONG)
+            yield position, None, fault(Code.TOO_LONG)
             continue
         try:
             page = wikitext.parse_page(xml)
@@ -240,7 +229,8 @@ def _read_xml(part: Range) -> Iterator[_Record]:
                 (position, None, _Skip) if page is None else (position, page.id, wikitext.clean(page.title, page.text))
             )
         except ValueError as error:
-            record = position, None, error
+            code = Code.NOT_UTF8 if isinstance(error.__cause__, UnicodeDecodeError) else Code.BAD_PAGE
+            record = position, None, Fault(code, str(error))
         yield record
 
 
@@ -251,12 +241,12 @@ def _read_txt(part: Range) -> Iterator[_Record]:
     except OSError as error:
         raise _FileError(error.strerror or str(error)) from error
     if len(data) > MAX_RECORD_BYTES:
-        yield part.base, None, ValueError(TOO_LONG)
+        yield part.base, None, fault(Code.TOO_LONG)
         return
     try:
         yield part.base, None, data.decode()
     except UnicodeDecodeError as error:
-        yield part.base, None, ValueError(f"not valid UTF-8 at byte {error.start}")
+        yield part.base, None, fault(Code.NOT_UTF8, f"UTF-8 at byte {error.start}")
 
 
 def _read_parquet(part: Range) -> Iterator[_Record]:
@@ -290,7 +280,7 @@ def _parquet_text(table: pa.Table, index: int) -> Any:
     try:
         return table.column("text")[index].as_py()
     except UnicodeDecodeError as error:
-        return ValueError(f"not valid UTF-8 at byte {error.start} of the text")
+        return fault(Code.NOT_UTF8, f"UTF-8 at byte {error.start} of the text")
 
 
 _READERS = {"jsonl": _read_jsonl, "xml": _read_xml, "txt": _read_txt, "parquet": _read_parquet}

@@ -1,8 +1,8 @@
-"""Which files a corpus has, and how they are cut into parts. Planning looks at names and sizes only.
+"""Find the files of a corpus and cut them into parts. Planning reads file names and sizes only.
 
 A part is a byte range of a file. In JSON Lines and MediaWiki XML it owns the records that begin in the range; in
 Parquet, the rows whose share of their row group's bytes begins in it; a text file is one document, so one part.
-A compressed stream cannot be entered in the middle: `pipeline.corpus.spool` copies it, once, into uncompressed ranges.
+A compressed stream cannot be read from the middle: `pipeline.corpus.spool` copies it once into uncompressed ranges.
 """
 
 import glob
@@ -33,7 +33,8 @@ class Range:
     end: int
     base: int = 0  # where `path` begins in the (uncompressed) source
     error: str = ""  # why the source could not be read beyond this point
-    limit: int | None = None  # at most so many documents
+    error_code: str = ""  # its lacy.pipeline.corpus.deadletters.Code
+    limit: int | None = None  # documents at most
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Stream:
 
     index: int
     source: str
-    path: str  # where workers find it
+    path: str  # from which workers read it
     format: str
     compression: str
 
@@ -71,7 +72,7 @@ def find_files(corpus: Iterable[str]) -> list[CorpusFile]:
 
     Raises CorpusError when an argument matches nothing, or names a file of an unknown kind.
     """
-    found: dict[str, int] = {}
+    files: dict[str, int] = {}
     for argument in corpus:
         matches = dict(_match(argument))
         known = {path: size for path, size in matches.items() if kind_of(path)}
@@ -80,22 +81,22 @@ def find_files(corpus: Iterable[str]) -> list[CorpusFile]:
         if not known:
             kinds = ", ".join(sorted(FORMATS)) + " (also " + ", ".join(sorted(COMPRESSIONS)) + ")"
             raise CorpusError(f"{argument} has no file of a known kind: {kinds}")
-        found |= known
-    return [CorpusFile(path=path, bytes=size) for path, size in sorted(found.items())]
+        files |= known
+    return [CorpusFile(path=path, bytes=size) for path, size in sorted(files.items())]
 
 
 def default_part_bytes(files: list[CorpusFile]) -> int:
-    """At most 1 MiB, and less for a small corpus, so that it has parts for several workers."""
+    """Bytes in a part: at most 1 MiB, less for a small corpus so that several workers have parts."""
     total = sum(file.bytes for file in files)
     return min(MAX_PART_BYTES, max(MIN_PART_BYTES, total // 64))
 
 
-def plan(files: list[CorpusFile], part_bytes: int) -> list[Range | Stream]:
-    """Cut files into parts of about `part_bytes`, in order; compressed files are left whole."""
+def plan_parts(files: list[CorpusFile], part_bytes: int) -> list[Range | Stream]:
+    """Cut files into parts of about `part_bytes`, in order; a compressed file stays whole, as a Stream."""
     planned: list[Range | Stream] = []
     for index, file in enumerate(files):
         kind = kind_of(file.path)
-        assert kind is not None, f"{file.path} was found by its kind"
+        assert kind is not None, f"find_files lists known kinds only, not {file.path}"
         form, compression = kind
         if compression:
             planned.append(Stream(index, file.path, file.path, form, compression))

@@ -1,7 +1,7 @@
-"""Copy a compressed stream, once and in order, into uncompressed ranges that workers can read side by side.
+"""Copy a compressed stream, once and in order, into uncompressed ranges that workers can read in parallel.
 
-The ranges lie in DATASET/.spool and go when their part is finished. A stream that breaks off (truncated, damaged)
-still gives the records before the break; the last range then carries the reason.
+The ranges are files in DATASET/.spool, each removed when its part is finished. A stream that breaks off (truncated,
+damaged) still gives the records before the break; the last range then carries the reason.
 """
 
 import bz2
@@ -16,22 +16,22 @@ from pathlib import Path
 
 import zstandard
 
-from lacy.pipeline.corpus.readers import CHUNK, MARKS, MAX_RECORD_BYTES, TOO_LONG, open_file, read_chunks, records
+from lacy.pipeline.corpus.deadletters import MAX_RECORD_BYTES, Code, Fault, fault
+from lacy.pipeline.corpus.readers import CHUNK, MARKS, open_file, read_chunks, records
 from lacy.pipeline.corpus.sources import SPOOL, Range, Stream, part_name
 from lacy.schemas.files import read_bytes, remove, sizes, write_atomic
 
-FOLDER = SPOOL
 EXPANSION_BYTES = 8 << 20
 
 
 def spool(stream: Stream, dataset: Path, part_bytes: int, committed: set[str]) -> list[Range]:
-    """Write the ranges of a stream, but for those in `committed`, and return them all, in order.
+    """Write the ranges of a stream, except those in `committed`, and return all of them in order.
 
-    A list of the ranges is written last, so that a second call reads that alone.
+    A list of the ranges is written last, so that a second call reads only that.
     """
     with suppress(FileNotFoundError):
         ranges = _listed(stream, dataset)
-        copies = sizes(dataset / FOLDER, f"part-{stream.index:05d}-*").keys()
+        copies = sizes(dataset / SPOOL, f"part-{stream.index:05d}-*").keys()
         if all(part.name in committed or Path(part.path).name in copies for part in ranges):
             return ranges
     ranges = list(cut(stream, dataset, part_bytes, committed))
@@ -52,21 +52,22 @@ def _listed(stream: Stream, dataset: Path) -> list[Range]:
 
 
 def _list(stream: Stream, dataset: Path) -> Path:
-    return dataset / FOLDER / f"stream-{stream.index:05d}.json"
+    return dataset / SPOOL / f"stream-{stream.index:05d}.json"
 
 
 def cut(stream: Stream, dataset: Path, part_bytes: int, committed: set[str]) -> Iterator[Range]:
     """The ranges of a stream, each written before it is yielded."""
-    breaks: list[str] = []
+    breaks: list[Fault] = []
     pieces: list[bytes] = []
     first = size = 0
 
-    def flush(error: str = "") -> Range:
+    def flush(wrong: Fault | None = None) -> Range:
         name, data = part_name(stream.index, first), b"".join(pieces)
-        path = dataset / FOLDER / f"{name}.{stream.format}"
+        path = dataset / SPOOL / f"{name}.{stream.format}"
         if name not in committed:
             write_atomic(path, data)
-        return Range(name, stream.source, str(path), stream.format, 0, len(data), base=first, error=error)
+        error, code = (wrong.reason, wrong.code.value) if wrong else ("", "")
+        return Range(name, stream.source, str(path), stream.format, 0, len(data), first, error, code)
 
     chunks = _decompress(stream, breaks)
     spans = _whole(chunks) if stream.format == "txt" else records(chunks, b"", MARKS[stream.format][1])
@@ -74,7 +75,7 @@ def cut(stream: Stream, dataset: Path, part_bytes: int, committed: set[str]) -> 
         if not pieces:
             first, size = position, 0
         if data is None:  # the range's error stands at its end, which is where this record begins
-            yield flush(TOO_LONG)
+            yield flush(fault(Code.TOO_LONG))
             pieces.clear()
             continue
         if breaks and not data.endswith(MARKS.get(stream.format, (b"", b"\0"))[1]):
@@ -87,11 +88,11 @@ def cut(stream: Stream, dataset: Path, part_bytes: int, committed: set[str]) -> 
     if not pieces:
         first += size
     if pieces or breaks:
-        yield flush(breaks[0] if breaks else "")
+        yield flush(breaks[0] if breaks else None)
 
 
 def expansion(stream: Stream) -> float:
-    """Uncompressed bytes for each byte of a stream, by its first 8 MiB; 1.0 where nothing can be read."""
+    """Uncompressed bytes per compressed byte, from the first 8 MiB of a stream; 1.0 where nothing can be read."""
     size = 0
     try:
         with open_file(stream.path) as file:
@@ -108,7 +109,7 @@ def expansion(stream: Stream) -> float:
 def discard(dataset: Path, part: Range) -> None:
     """Remove the copy of a finished part."""
     if part.path != part.source:
-        remove(dataset / FOLDER / Path(part.path).name)
+        remove(dataset / SPOOL / Path(part.path).name)
 
 
 def _whole(chunks: Iterator[bytes]) -> Iterator[tuple[int, bytes | None]]:
@@ -122,17 +123,17 @@ def _whole(chunks: Iterator[bytes]) -> Iterator[tuple[int, bytes | None]]:
     yield 0, b"".join(pieces)
 
 
-def _decompress(stream: Stream, breaks: list[str]) -> Iterator[bytes]:
-    """Uncompressed chunks; a break of the stream ends them and is told in `breaks`."""
+def _decompress(stream: Stream, breaks: list[Fault]) -> Iterator[bytes]:
+    """Uncompressed chunks, up to the first error in the stream, which is appended to `breaks`."""
     try:
         with open_file(stream.path) as file:
             yield from _OPENERS[stream.compression](file)
     except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
-        breaks.append(f"{stream.compression} stream breaks off: {str(error).splitlines()[0]}")
+        breaks.append(fault(Code.BROKEN_STREAM, stream.compression, str(error).splitlines()[0]))
 
 
 def _buffers(file: gzip.GzipFile | bz2.BZ2File) -> Iterator[bytes]:
-    """What each step of the decoder gives: `read` would lose what came before a break."""
+    """The output of each decoder step: `read` would lose the bytes before an error."""
     while chunk := file.read1(CHUNK):
         yield chunk
 

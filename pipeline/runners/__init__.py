@@ -1,1 +1,1 @@
-"""Where a graph runs: on this machine, or elsewhere through Beam."""
+"""Running a graph: on this machine, or on another runner of Beam."""

@@ -1,8 +1,8 @@
-"""What the workers of a run tell of their work.
+"""How workers report progress.
 
-On any runner: Beam's metrics, in the namespace NAMESPACE, and for each finished part a line of JSON in the log. On
-this machine besides, where Beam's metrics arrive only when the run ends: each worker keeps a small file of counters,
-which the launcher adds up. Neither a name nor a line holds a word of a document.
+On any runner: Beam metrics in the namespace NAMESPACE, and one line of JSON in the log for each finished part. On this
+machine Beam's metrics arrive only when the run ends, so each worker also writes a small file of counters, which the
+launcher adds up. Neither a name nor a line holds text of a document.
 """
 
 import json
@@ -16,67 +16,29 @@ from pathlib import Path
 
 from apache_beam.metrics import Metrics
 
-from lacy.pipeline.corpus.readers import Bad
+from lacy.pipeline.runners.counts import Counts, PartCost
 
 log = logging.getLogger(__name__)
 
 NAMESPACE = "lacy"
 INTERVAL = 0.5
-REASONS = {  # why a record is bad: what the reason has in it, and the name of its counter
-    "not JSON": "not_json",
-    "not an object": "not_an_object",
-    "UTF-8": "not_utf8",
-    "Unicode": "not_utf8",
-    "longer than": "too_long",
-    "stream breaks off": "broken_stream",
-    "cannot read": "unreadable",
-    "no text": "no_text",
-    "text is empty": "empty",
-    "text is": "text_of_another_type",
-    "id is": "bad_id",
-    "id occurs before": "duplicate",
-    "engine dies of it": "kills_engine",
-}
-
-
-@dataclass
-class Counts:
-    documents: int = 0
-    tokens: int = 0  # of finished parts
-    scored: int = 0  # of the part in hand
-    parts: int = 0
-    bad: int = 0
-    bytes: int = 0  # of the corpus ranges of finished parts
-    planned_parts: int = 0  # found while a stream was cut
-    planned_bytes: int = 0
-    restarts: int = 0  # of engines that died
-
-
-@dataclass(frozen=True)
-class PartCost:
-    """What a finished part took."""
-
-    bytes: int  # of the corpus
-    documents: int
-    tokens: int
-    seconds: dict[str, float]  # of work, by stage
 
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """Where this run's workers report; `folder` is None on runners that share no disk with the launcher."""
+    """Where the workers of a run report."""
 
-    folder: str | None
-    run: str  # a name that no other run has
+    folder: str | None  # None on runners that share no disk with the launcher
+    run: str  # unique name of the run
     launcher: int = 0  # process id
 
     def start(self) -> None:
-        """Called once in each worker: end it when the launcher is gone."""
+        """Called once in each worker: ends the worker when the launcher is gone."""
         if self.folder and self.launcher not in (0, os.getpid()):
             _watch(self.launcher)
 
     def scored(self, tokens: int) -> None:
-        """More tokens of the part in hand have a score."""
+        """More tokens of an unfinished part have a score."""
         self._change(lambda counts: setattr(counts, "scored", counts.scored + tokens))
 
     def planned(self, parts: int, size: int) -> None:
@@ -87,13 +49,13 @@ class Heartbeat:
         self._change(change)
 
     def restarted(self) -> None:
-        """An engine died and was started again."""
+        """An engine died and was restarted."""
         _count("engine_restarts", 1)
         log.warning(json.dumps({"event": "engine restarted"}))
         self._change(lambda counts: setattr(counts, "restarts", counts.restarts + 1), now=True)
 
-    def finished(self, part: str, cost: PartCost, bad: Sequence[Bad]) -> None:
-        """The part in hand is on disk, and so are its bad records."""
+    def finished(self, part: str, cost: PartCost, bad: Sequence[str]) -> None:
+        """A part is on disk. `bad` are the codes of its dead letters."""
         _measure(cost, bad)
         log.info(json.dumps({"event": "part finished", "part": part, "bad": len(bad)} | asdict(cost)))
 
@@ -124,17 +86,12 @@ class Heartbeat:
                 temporary.replace(path)
 
 
-def reason_of(letter: Bad) -> str:
-    """Of a few names, the one for why a record is bad."""
-    return next((name for words, name in REASONS.items() if words in letter.reason), "other")
-
-
-def _measure(cost: PartCost, bad: Sequence[Bad]) -> None:
+def _measure(cost: PartCost, bad: Sequence[str]) -> None:
     for name in ("documents", "tokens", "bytes"):
         _count(name, getattr(cost, name))
     _count("parts", 1)
-    for letter in bad:
-        _count(f"bad_{reason_of(letter)}", 1)
+    for code in bad:
+        _count(f"bad_{code}", 1)
     for stage, seconds in cost.seconds.items():
         Metrics.distribution(NAMESPACE, f"{stage}_milliseconds").update(round(1000 * seconds))
         if seconds and cost.tokens:
@@ -146,7 +103,7 @@ def _count(name: str, value: int) -> None:
 
 
 def total(folder: Path) -> Counts:
-    """The sum over all workers."""
+    """The counters of all workers, added up."""
     result = Counts()
     for path in folder.glob("*.json"):
         for name, value in json.loads(path.read_text()).items():
@@ -155,7 +112,7 @@ def total(folder: Path) -> Counts:
 
 
 def costs(folder: Path) -> list[PartCost]:
-    """Of all parts that this run has finished."""
+    """What each part that this run has finished took."""
     lines = [line for path in sorted(folder.glob("*.parts")) for line in path.read_text().splitlines()]
     return [PartCost(**json.loads(line)) for line in lines]
 

@@ -1,7 +1,7 @@
 """Run a graph on this machine: in this process with one worker, in worker processes with more.
 
-Beam's local runner neither notices a worker that was killed nor ends its workers when the launcher dies, and it
-reports no progress. So the graph runs in a thread of its own while the main thread watches.
+Beam's local runner does not notice a killed worker, does not end its workers when the launcher dies, and reports no
+progress. So the graph runs in a thread while the main thread watches.
 """
 
 import contextlib
@@ -22,8 +22,8 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from apache_beam.transforms.environments import SubprocessSDKEnvironment
 
-from lacy.labelers.llm import engines
-from lacy.pipeline.runners.heartbeat import Counts, Heartbeat, PartCost, costs, total
+from lacy.pipeline.runners.counts import Counts, PartCost
+from lacy.pipeline.runners.heartbeat import Heartbeat, costs, total
 from lacy.schemas.errors import LacyError, RunError
 
 POLL = 0.2
@@ -36,11 +36,13 @@ def run(
     workers: int = 1,
     beam_options: list[str] | None = None,
     on_progress: Callable[[Counts], None] | None = None,
+    on_end: Callable[[Heartbeat], None] | None = None,
     debug: bool = False,
 ) -> list[PartCost]:
     """Run the graph that `build` adds to a pipeline, and return what each finished part took.
 
     Raises RunError when a step fails or a worker is killed, KeyboardInterrupt on Ctrl-C; no worker outlives either.
+    on_end: called when the run has ended, however it ended.
     debug: let workers and Beam's threads write to stderr.
     """
     with tempfile.TemporaryDirectory(prefix="lacy-") as folder:
@@ -61,7 +63,7 @@ def run(
         before = threading.excepthook
 
         def on_thread_error(args: threading.ExceptHookArgs) -> None:
-            if args.thread is not None and args.thread.name == "run_worker":  # Beam's: its process ended with an error
+            if args.thread is not None and args.thread.name == "run_worker":  # Beam's thread: its process failed
                 lost.set()
             if debug:
                 before(args)
@@ -75,8 +77,9 @@ def run(
             _kill_workers()
             raise
         finally:
-            engines.stop(engines.run_folder(heartbeat.run))
-        threading.excepthook = before  # not after a failure: Beam's threads may still end with one
+            if on_end:
+                on_end(heartbeat)
+        threading.excepthook = before  # but not after a failure: Beam's threads may still raise
         if on_progress:
             on_progress(total(Path(folder)))
         if failure:
@@ -105,14 +108,14 @@ def _worker_processes(log: Path | None) -> SubprocessSDKEnvironment:
 
 
 def _workers() -> list[psutil.Process]:
-    found = []
+    workers = []
     for child in psutil.Process().children(recursive=True):
         try:
             if "sdk_worker_main" in " ".join(child.cmdline()) and child.status() != psutil.STATUS_ZOMBIE:
-                found.append(child)
+                workers.append(child)
         except psutil.NoSuchProcess:
             continue
-    return found
+    return workers
 
 
 def _kill_workers() -> None:
@@ -124,28 +127,28 @@ def _kill_workers() -> None:
 
 
 def _why(log: Path) -> str:
-    """Why a worker is gone: the error that it ended with, or else it was killed."""
+    """Why a worker is gone: its last error, or else that it was killed."""
     error = _last_error(log.read_text(errors="replace")) if log.exists() else None
     return error or (
         "a worker process was killed (out of memory?); finished parts are kept: "
-        "run the same command again, with fewer --workers if memory is short"
+        "rerun the same command to resume, with fewer --workers if memory is short"
     )
 
 
 def reason(error: BaseException) -> str:
-    """The one line that a person can use of what Beam raised: it wraps a worker's traceback into the message."""
+    """The useful line of an error from Beam, which wraps a worker's traceback into its message."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return _last_error(str(error)) or _without_step((lines or [type(error).__name__])[-1])
 
 
 def _last_error(text: str) -> str | None:
     """The last exception of a printed traceback, without its module and Beam's note on the step."""
-    found = [
+    errors = [
         line for line in text.splitlines() if re.match(r"^[A-Za-z_][\w.]*(Error|Exception|Interrupt|Exit)\b", line)
     ]
-    if not found:
+    if not errors:
         return None
-    line = re.sub(r"^(?:[a-z_]\w*\.)+(?=[A-Z])", "", _without_step(found[-1]))
+    line = re.sub(r"^(?:[a-z_]\w*\.)+(?=[A-Z])", "", _without_step(errors[-1]))
     name, _, message = line.partition(": ")
     return message if message and name in _known_errors() else line
 

@@ -1,4 +1,4 @@
-"""Descriptions of work as a Beam collection, in few bytes: they are part of a job's request, which services limit."""
+"""Compact descriptions of work as a Beam collection: they are part of a job's request, whose size services limit."""
 
 import pickle
 import zlib
@@ -7,11 +7,11 @@ from typing import Any
 
 import apache_beam as beam
 
-PACKED = 1000  # descriptions in one element; services take requests of up to 10 MB
+PACKED = 1000  # descriptions in one element; services accept requests of up to 10 MB
 
 
 def listed(pipeline: beam.Pipeline, name: str, items: Sequence[Any], kind: type) -> beam.PCollection:
-    """The items as a collection."""
+    """The items as a collection of elements of type `kind`."""
     packed = [pack(items[at : at + PACKED]) for at in range(0, len(items), PACKED)]
     return pipeline | name >> beam.Create(packed) | f"unpack {name}" >> beam.FlatMap(unpack).with_output_types(kind)
 

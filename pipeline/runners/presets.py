@@ -1,14 +1,14 @@
-"""`--on dataflow|flink|portable`: Beam's options for machines that are not this one.
+"""`--on dataflow|flink|portable`: Beam's options for a cluster.
 
-A preset only fills in what Beam's own options can say, and prints it; an option behind -- comes later, so it wins.
-Nothing of it decides a byte of a dataset, so nothing of it is in the manifest.
+A preset fills in Beam's own options and prints them; options after -- come later, so they win. None of them decides a
+byte of a dataset, so none is in the manifest.
 
-Processes and threads. A process that tags holds a core for itself and cannot share it (the GIL), and one that scores
-mostly waits for an engine, which all processes of a machine share (`labelers.llm.engines`). So both kinds of machine
-get Dataflow's default, one process for each core, and one thread in each: cores are full where they tag, and where they
-score there are always parts ready for the engines. Beam's image lets Dataflow start them all in one container, whose
-temporary folder is where they find the engines of their machine; one process for each machine
-(`no_use_multiple_sdk_containers`) would prepare and write the parts of all its GPUs on one core.
+Processes and threads. A process that tags keeps one core busy (the GIL); one that scores mostly waits for an engine,
+which all processes of a machine share (`labelers.llm.engines`). So both kinds of machine get Dataflow's default, one
+process per core, and one thread in each: tagging fills the cores, and scoring always has parts ready for the engines.
+Beam's image lets Dataflow start all processes in one container, in whose temporary folder they find the engines of
+their machine; one process per machine (`no_use_multiple_sdk_containers`) would prepare and write the parts of all its
+GPUs on one core.
 """
 
 import re
@@ -18,13 +18,12 @@ from urllib.parse import urlsplit
 
 from pydantic import model_validator
 
-from lacy.pipeline.options import LabelOptions
 from lacy.schemas.errors import UsageError
 from lacy.schemas.options import Options, option
 
-TAGGER = "n2-standard-8"  # one process with spaCy for each core takes up to 2 GB; this has 4 for each
+TAGGER = "n2-standard-8"  # 4 GB per core; a process with spaCy takes up to 2 GB
 TAGGER_CORES, TAGGER_RAM_GB = 8, 32
-DISK_GB = 100  # an image with CUDA and vLLM takes 20 GB, and the model comes beside it
+DISK_GB = 100  # an image with CUDA and vLLM takes 20 GB, plus the model
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ GPUS = {
         },
     ),
 }
-OWN = {  # the runners that an option is for; the others are for all
+OWN = {  # the runners that an option is for; options not listed are for all
     "project": ("dataflow",),
     "region": ("dataflow",),
     "temp_location": ("dataflow",),
@@ -81,7 +80,7 @@ OWN = {  # the runners that an option is for; the others are for all
 
 
 class Cluster(Options):
-    """The machines that a run goes to."""
+    """The machines that run a job."""
 
     on: Literal["dataflow", "flink", "portable"] = option(
         description="Kind of machines that do the work.", panel="Other machines (docs/dataflow.md)"
@@ -115,12 +114,12 @@ class Cluster(Options):
             if getattr(self, name) is None:
                 raise ValueError(f"--on {self.on} needs {_flag(name)} {what}")
         if self.image and self.worker_pool:
-            raise ValueError("--worker-pool has an image already: leave out --image")
+            raise ValueError("--worker-pool brings its own image: leave out --image")
         if self.gpu is None and self.gpus > 1:
             raise ValueError("--gpus needs --gpu l4, a100 or h100")
         if self.gpu and self.gpus not in GPUS[self.gpu].machines:
             counts = ", ".join(map(str, GPUS[self.gpu].machines))
-            raise ValueError(f"no machine has {self.gpus} {self.gpu.upper()} GPUs: take --gpus {counts}")
+            raise ValueError(f"no machine has {self.gpus} {self.gpu.upper()} GPUs: use --gpus {counts}")
         return self
 
     @property
@@ -130,11 +129,11 @@ class Cluster(Options):
 
     @property
     def processes(self) -> int | None:
-        """That tag, at most, on all machines; None where nothing is known of them."""
+        """The most processes that tag, over all machines; None where unknown."""
         return self.max_workers * TAGGER_CORES if self.max_workers else None
 
     def hints(self) -> dict[str, str]:
-        """Beam's resource hints for the steps that score: where a runner gives them machines of their own."""
+        """Beam's resource hints for scoring steps, on runners that give them machines of their own."""
         if self.on != "dataflow" or self.gpu is None:
             return {}
         gpu = GPUS[self.gpu]
@@ -144,21 +143,21 @@ class Cluster(Options):
 
 
 def beam_options(cluster: Cluster, job: str, out: str) -> list[str]:
-    """What the preset fills in for a job ("label", "decide") on a dataset."""
+    """Beam options of a job ("label", "decide") that writes to the dataset `out`."""
     return {"dataflow": _dataflow, "flink": _flink, "portable": _portable}[cluster.on](cluster, job, out)
 
 
 def _dataflow(cluster: Cluster, job: str, out: str) -> list[str]:
-    place = re.sub(r"[^a-z0-9]+", "-", out.partition("://")[2].lower()).strip("-")
+    name = re.sub(r"[^a-z0-9]+", "-", out.partition("://")[2].lower()).strip("-")
     options = [
         "--runner=DataflowRunner",
         f"--project={cluster.project}",
         f"--region={cluster.region}",
-        f"--job_name=lacy-{job}-{place[-40:].strip('-')}",  # Dataflow refuses a second job of the name at one time
+        f"--job_name=lacy-{job}-{name[-40:].strip('-')}",  # Dataflow refuses a second job of this name while one runs
         f"--temp_location={cluster.temp_location or f'gs://{urlsplit(out).netloc}/lacy-temp'}",
         f"--sdk_container_image={cluster.image}",
         "--sdk_location=container",
-        "--experiments=disable_logging_submission_environment",  # a list of the launcher's packages, with paths of it
+        "--experiments=disable_logging_submission_environment",  # it lists the launcher's packages and paths
         "--number_of_worker_harness_threads=1",
         f"--machine_type={TAGGER}",
         f"--disk_size_gb={DISK_GB}",
@@ -167,7 +166,7 @@ def _dataflow(cluster: Cluster, job: str, out: str) -> list[str]:
 
 
 def _flink(cluster: Cluster, job: str, out: str) -> list[str]:
-    """`sdk_worker_parallelism=0`: a process for each core of a task manager."""
+    """`sdk_worker_parallelism=0` is one process for each core of a task manager."""
     options = ["--runner=FlinkRunner", f"--flink_master={cluster.flink_master}", "--sdk_worker_parallelism=0"]
     return options + _environment(cluster)
 
@@ -177,31 +176,15 @@ def _portable(cluster: Cluster, job: str, out: str) -> list[str]:
 
 
 def _environment(cluster: Cluster) -> list[str]:
-    """Where the steps run: in a worker pool that stands already, or in containers that the runner starts."""
+    """Where the steps run: in an existing worker pool, or in containers that the runner starts."""
     if cluster.worker_pool:
         return ["--environment_type=EXTERNAL", f"--environment_config={cluster.worker_pool}"]
     return ["--environment_type=DOCKER", f"--environment_config={cluster.image}"] if cluster.image else []
 
 
-def require_reach(cluster: Cluster, options: LabelOptions) -> None:
-    """Refuse what the machines of a cluster cannot do or reach. Raises UsageError."""
-    if options.estimate:
-        raise UsageError("--estimate labels its sample on this machine: leave out --on, and see lacy plan")
-    if cluster.gpu and options.scorer == "server":
-        raise UsageError("--gpu is for models on the cluster's own machines: leave out --gpu, or --scorer server")
-    if cluster.gpu and not (options.reference or options.judge):
-        raise UsageError("--gpu is for a model, and there is none: leave it out, or name a --reference")
-    if cluster.gpu and options.device == "cpu":
-        raise UsageError("--gpu and --device cpu: leave out one of them")
-    require_store(cluster, str(options.out))
-    here = [place for place in options.corpus if "://" not in place]
-    if cluster.on == "dataflow" and here:
-        raise UsageError(f"{here[0]} is on this machine, which Dataflow's cannot reach: copy it to gs://")
-
-
 def require_store(cluster: Cluster, out: str) -> None:
     if cluster.on == "dataflow" and "://" not in out:
-        raise UsageError(f"{out} is on this machine, which Dataflow's cannot reach: name a dataset on gs://")
+        raise UsageError(f"{out} is on this machine, out of reach of Dataflow: name a dataset on gs://")
     if cluster.on == "dataflow" and not out.startswith("gs://") and not cluster.temp_location:
         raise UsageError("--on dataflow needs --temp-location gs://..., where the dataset is not on gs://")
 

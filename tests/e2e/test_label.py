@@ -1,4 +1,4 @@
-"""`lacy label` as a user runs it: to the end, interrupted, killed, with other options, on bad input."""
+"""`lacy label` as users run it: to the end, interrupted, killed, repaired, with other options, on bad input."""
 
 import bz2
 import gzip
@@ -6,8 +6,10 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -105,8 +107,6 @@ def test_labels_join_the_signals(labelled):
 
 
 def test_check_is_satisfied_and_finds_damage(labelled, tmp_path, labeller):
-    import shutil
-
     done = labeller("check", labelled)
     assert done.returncode == 0 and done.stdout.strip().endswith("sound")
     damaged = tmp_path / "damaged"
@@ -135,6 +135,86 @@ def test_a_finished_run_has_nothing_to_do(labelled, corpus, small_model):
     assert done.returncode == 0, done.stderr
     assert digests(labelled) == before
     assert time.monotonic() - started < 60
+
+
+def test_parts_that_were_lost_or_damaged_are_measured_again(labelled, corpus, small_model, tmp_path, labeller):
+    damaged = Path(shutil.copytree(labelled, tmp_path / "d"))
+    before = digests(damaged)
+    plain, *_, cut, last = sorted((damaged / "signals").glob("*.parquet"))
+    stream = next((damaged / "signals").glob("part-00001-*.parquet"))
+    stream.unlink()
+    plain.write_bytes(plain.read_bytes()[:-1])
+    (damaged / "labels" / "lacy" / cut.name).unlink()
+    done = labeller("check", damaged, "--quick")
+    assert done.returncode == 1
+    rerun = "rerun the lacy label command that made the dataset"
+    assert f"signals/{stream.name}: missing: {rerun}" in done.stdout
+    assert any(line.startswith(f"signals/{plain.name}: ") and rerun in line for line in done.stdout.splitlines())
+    assert f"labels/lacy/{cut.name}: missing: run lacy decide again" in done.stdout
+    command = arguments(corpus, damaged, small_model, "--workers", 1)
+    done = labeller(*command)
+    assert done.returncode == 0, done.stderr
+    parts = len(json.loads((labelled / "manifest.json").read_text())["parts"])
+    assert f"resuming: {parts - 2} parts are finished" in done.stderr
+    assert digests(damaged) == before
+    last.write_bytes(last.read_bytes() + b"x")
+    assert labeller(*command).returncode == 0 and digests(damaged) == before
+
+
+HEAVY = {"apache_beam", "spacy", "torch", "transformers"}
+
+
+def heavy_imports(command: list[object]) -> set[str]:
+    """The slow packages that a command imports in its own process."""
+    code = f"""
+import atexit, sys
+from lacy.cli import main
+atexit.register(lambda: print(*({HEAVY} & set(sys.modules))))
+sys.argv = {["lacy", *map(str, command)]}
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.split())
+
+
+def test_a_complete_run_repeated_imports_nothing_heavy(labelled, corpus, small_model):
+    assert heavy_imports(arguments(corpus, labelled, small_model)) == set()
+
+
+def test_grammar_alone_does_without_torch(small_model, tmp_path):
+    corpus = corpora.write(tmp_path / "c.jsonl", corpora.documents(3, seed=4))
+    command = ["label", corpus, "--out", tmp_path / "d", "--reference", "none", "--tokenizer", small_model]
+    assert heavy_imports([*command, "--policy", "factual"]) == {"apache_beam", "spacy"}
+
+
+def test_text_that_is_not_english_is_named(small_model, tmp_path, labeller):
+    german = "Die kleine Stadt liegt am Ufer des Flusses und wurde nach dem Krieg von vielen Menschen verlassen. " * 5
+    rows = [*corpora.documents(6, seed=5), {"id": "stadt", "text": german}]
+    corpus = corpora.write(tmp_path / "c.jsonl", rows)
+    command = ["label", corpus, "--out", tmp_path / "d", "--reference", "none", "--tokenizer", small_model]
+    done = labeller(*command, "--policy", "factual", "--workers", 1)
+    warnings = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
+    assert done.returncode == 0 and len(warnings) == 2  # before the work, and at its end
+    assert "documents do not look English (the first is stadt)" in warnings[0] == warnings[1]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--policy", "factual", "--budget", "0.1"], "policy factual has no budget: leave out --budget"),
+        (["--policy", "none", "--budget", "0.1"], "policy none has no budget: leave out --budget"),
+        (["--policy", "loss"], "--reference none measures no loss, which policy loss needs: add --policy factual"),
+        ([], "--reference none measures no loss, which policy lacy needs: add --policy factual"),
+        (["--policy", "factual", "--window", "64"], "--window needs a --reference, and there is none"),
+        (["--reference", "{model}", "--window", "257"], "--window 257 is longer than the model's context of 256"),
+    ],
+)
+def test_options_that_do_nothing_are_refused(more, message, corpus, small_model, tmp_path, labeller):
+    command = ["label", corpus, "--out", tmp_path / "d", "--reference", "none", "--tokenizer", small_model]
+    done = labeller(*command, *(argument.format(model=small_model) for argument in more))
+    assert done.returncode == 2 and message in done.stderr and len(told(done)) == 1
+    assert not (tmp_path / "d" / "manifest.json").exists()
 
 
 def test_other_options_are_refused(labelled, corpus, small_model, labeller):
@@ -204,7 +284,7 @@ def test_a_killed_worker_ends_the_run_and_a_rerun_completes_it(labelled, corpus,
     assert not psutil.wait_procs(workers, timeout=5)[1]
     done = labeller(*command[:-1], 1)
     assert done.returncode == 0, done.stderr
-    assert "going on" in done.stderr
+    assert "resuming: " in done.stderr
     assert digests(tmp_path / "d") == digests_of_a_fresh(labelled)
 
 
@@ -296,6 +376,9 @@ def test_bad_input_ends_as_dead_letters(bad_corpus, small_model, tmp_path, label
     manifest = json.loads((out / "manifest.json").read_text())
     lines = [line for path in sorted((out / "deadletter").iterdir()) for line in path.read_text().splitlines()]
     letters = [json.loads(line) for line in lines]
+    assert {"not_json", "no_text", "text_of_another_type", "empty", "not_utf8", "duplicate", "unreadable"} < {
+        letter["code"] for letter in letters
+    }
     by_file: dict[str, list[str]] = {}
     for letter in letters:
         by_file.setdefault(Path(letter["source"]).name, []).append(letter["reason"])

@@ -81,7 +81,7 @@ def test_a_worker_of_the_pool_is_killed_and_every_runner_writes_the_same_bytes(
     before = written(place / "killed", finished)
     done = labeller(*command, cwd=place)
     assert done.returncode == 0, done.stderr
-    assert f"going on: {len(finished)} parts are finished" in done.stderr
+    assert f"resuming: {len(finished)} parts are finished" in done.stderr
     assert written(place / "killed", finished) == before
     assert len(finished) < len(json.loads((place / "killed" / "manifest.json").read_text())["parts"])
 
@@ -126,7 +126,7 @@ def test_a_launcher_is_killed_and_the_same_command_goes_on_beside_its_workers(
     run.communicate()
     done = labeller(*command, cwd=place)
     assert done.returncode == 0, done.stderr
-    assert "going on" in done.stderr
+    assert "resuming: " in done.stderr
     quiet(machines)
     assert not (place / "orphans" / ".parts").exists()
     done = labeller("decide", "orphans", "--policy", "loss", "--workers", 1, cwd=place)

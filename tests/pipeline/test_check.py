@@ -1,4 +1,4 @@
-"""`lacy check` finds whatever is wrong with a dataset, and says of which file."""
+"""`lacy check` finds every fault of a dataset and names its file."""
 
 import json
 import shutil
@@ -16,6 +16,8 @@ from lacy.pipeline.check import check
 from lacy.schemas.files import sha256
 from lacy.schemas.manifest import at, label_sets, read_complete
 from lacy.schemas.parts import to_parquet
+
+RERUN = "rerun the lacy label command that made the dataset"
 
 
 @dataclass
@@ -36,7 +38,7 @@ class Dataset:
         return list(check(self.folder, read_complete(self.folder), label_sets(self.folder), **options))
 
     def set(self, file: str, *, part: str | None = None, **fields) -> None:
-        """Change a record file, or what it says of a part."""
+        """Change fields of a record file, or of one of its parts."""
         path = self.folder / file
         told = json.loads(path.read_text())
         target = told if part is None else next(entry for entry in told["parts"] if entry["name"] == part)
@@ -44,7 +46,7 @@ class Dataset:
         path.write_text(json.dumps(told))
 
     def rewrite(self, folder: str, part: str, change) -> None:
-        """Change the table of a part, and its digest, so that only what is in it is wrong."""
+        """Change the table of a part and its digest, so that only its content is wrong."""
         path = self.folder / folder / f"{part}.parquet"
         data = to_parquet(change(pq.ParquetFile(path).read())).to_pybytes()
         path.write_bytes(data)
@@ -107,7 +109,7 @@ LABELS = {
     "ref_nll differs from the signals": put("ref_nll", 1, 3.5),
     "counts of labels differ from _policy.json": values("label", lambda flat: flat.fill(0)),
     "an unknown label code": put("label", 1, 7),
-    "the first token of a document is not to be learnt": put("label", 0, 1),
+    "the first token of a document is not labelled learn": put("label", 0, 1),
     "lists of unequal length: label": column("label", lambda rows: [rows[0][:-1], *rows[1:]]),
     "columns are not those of the schema": lambda table: table.drop_columns(["factual"]),
 }
@@ -139,7 +141,7 @@ def test_a_call_among_the_tokens(dataset):
     assert f"signals/{dataset.parts[0]}.parquet: {CALL} stands among the tokens" in dataset.faults()
 
 
-def test_every_damaged_part_is_told(dataset, monkeypatch):
+def test_every_damaged_part_is_reported(dataset, monkeypatch):
     """Whichever parts are looked at together."""
     for part in dataset.parts[:3]:
         dataset.rewrite("signals", part, put("pos", 0, 200))
@@ -158,9 +160,10 @@ def test_counts(dataset):
     assert f"manifest.json: tokens is 5, its parts add up to {total:,}" in faults
     assert all(any(line.startswith(f"manifest.json: {name} is") for line in faults) for name in ("documents", "bad"))
     assert any(line.startswith(f"signals/{part}.parquet: ") and "the manifest says 9 and" in line for line in faults)
-    assert f"deadletter/{part}.jsonl: missing, though the part has 2 bad records" in faults
+    missing = f"deadletter/{part}.jsonl: missing, though the part has 2 bad records: {RERUN}"
+    assert missing in faults
     assert any(line.startswith("labels/lacy: ") and line.endswith("the signals have 5") for line in faults)
-    assert f"deadletter/{part}.jsonl: missing, though the part has 2 bad records" in dataset.faults(quick=True)
+    assert missing in dataset.faults(quick=True)
 
 
 def test_files(dataset):
@@ -175,9 +178,9 @@ def test_files(dataset):
     dataset.set("manifest.json", bad=1)
     lines = {
         "labels/lacy/part-stray.parquet: not in the manifest",
-        f"signals/{one}.parquet: missing",
-        f"labels/lacy/{other}.parquet: checksum differs from the manifest",
-        f"deadletter/{third}.jsonl: checksum differs from the manifest",
+        f"signals/{one}.parquet: missing: {RERUN}",
+        f"labels/lacy/{other}.parquet: checksum differs from the manifest: remove it, then run lacy decide again",
+        f"deadletter/{third}.jsonl: checksum differs from the manifest: remove it, then {RERUN}",
     }
     assert set(dataset.faults()) == lines
     quick = {line.split(":")[0] for line in dataset.faults(quick=True)}

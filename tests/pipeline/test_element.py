@@ -5,7 +5,8 @@ import pyarrow as pa
 import pytest
 
 from lacy.labelers import tokenize
-from lacy.pipeline.corpus.readers import Bad, read
+from lacy.pipeline.corpus.deadletters import DeadLetter
+from lacy.pipeline.corpus.readers import read
 from lacy.pipeline.corpus.sources import Range
 from lacy.pipeline.element import Part, PartCoder
 from lacy.schemas.parts import SIGNALS
@@ -48,7 +49,7 @@ def test_all_of_a_part_crosses(batch):
     part = Part(
         Range("part-00001-000000000004096", "a.gz", "d/.spool/x", "jsonl", 0, 9, base=4096, error="cut", limit=3),
         batch,
-        bad=(Bad("a.jsonl.gz", 17, "not JSON: é\ud800", "id"), Bad("a.jsonl.gz", 18, "no text")),
+        bad=(DeadLetter("a.jsonl.gz", 17, "not JSON: é\ud800", "id"), DeadLetter("a.jsonl.gz", 18, "no text")),
         skipped=2,
         seconds={"read": 0.1, "grammar": 1 / 3},
         scored={"student": "transformers"},

@@ -1,4 +1,4 @@
-"""What an operator sees of a run on any runner: Beam's metrics and the log, and never a word of a document."""
+"""What an operator sees of a run on any runner: Beam's metrics and the log, without any text of a document."""
 
 import json
 import logging
@@ -10,12 +10,12 @@ import pytest
 from apache_beam.metrics import MetricsFilter
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 
-from lacy.pipeline.corpus.readers import Bad
-from lacy.pipeline.corpus.sources import find_files, plan
-from lacy.pipeline.graph import AnnotatePlan, build
-from lacy.pipeline.label import TOKENIZER, begin, models_of
+from lacy.pipeline.corpus.sources import find_files, plan_parts
+from lacy.pipeline.graph import Work, build
+from lacy.pipeline.label import TOKENIZER, begin
 from lacy.pipeline.options import LabelOptions
-from lacy.pipeline.runners.heartbeat import NAMESPACE, REASONS, Heartbeat, reason_of
+from lacy.pipeline.placement import models_of
+from lacy.pipeline.runners.heartbeat import NAMESPACE, Heartbeat
 from lacy.schemas.manifest import PartRecord
 from tests.pipeline import corpora
 
@@ -29,7 +29,7 @@ BAD = [
 ]
 
 
-def planned(folder: Path, out: Path, small_model: Path, **given: Any) -> AnnotatePlan:
+def planned(folder: Path, out: Path, small_model: Path, **given: Any) -> Work:
     """Two parts with bad and good documents, all with the marker; the dataset is begun."""
     lines = [json.dumps(row | {"text": f"{MARKER} {row['text']}"}) for row in corpora.documents(8, seed=2)]
     path = folder / "a.jsonl"
@@ -45,10 +45,10 @@ def planned(folder: Path, out: Path, small_model: Path, **given: Any) -> Annotat
     )
     files = find_files(options.corpus)
     tokenizer, models = models_of(options)
-    return AnnotatePlan(
+    return Work(
         dataset=options.out,
         run=begin(options, files, tokenizer, models).fingerprint(),
-        ranges=plan(files, part_bytes),  # type: ignore[arg-type]
+        ranges=plan_parts(files, part_bytes),  # type: ignore[arg-type]
         streams=[],
         part_bytes=part_bytes,
         committed=frozenset(),
@@ -137,13 +137,6 @@ def test_no_word_of_a_document_is_in_a_log_record_or_a_metrics_name(run):
     assert not [name for name in (*counters, *distributions) if MARKER in name]
     letters = "".join(file.read_text() for file in (dataset / "deadletter").iterdir())
     assert letters and MARKER not in letters
-
-
-def test_names_of_reasons_are_few():
-    assert reason_of(Bad("a", 0, f"anything else: {MARKER}")) == "other"
-    assert reason_of(Bad("a", 0, "the reference engine dies of it (it was killed)")) == "kills_engine"
-    assert reason_of(Bad("a", 0, "gzip stream breaks off: invalid block type")) == "broken_stream"
-    assert len(set(REASONS.values())) < 20
 
 
 def test_parts_that_cross_to_other_machines_are_the_same_bytes(run, tmp_path, small_model):

@@ -12,9 +12,9 @@ from apache_beam.options.pipeline_options import (
 )
 from pydantic import ValidationError
 
-from lacy.pipeline.label import _best_backend, _engines
-from lacy.pipeline.options import LabelOptions
-from lacy.pipeline.runners.presets import GPUS, Cluster, beam_options, require_reach, require_store
+from lacy.pipeline.options import LabelOptions, require_reach
+from lacy.pipeline.placement import _best_backend, _engines
+from lacy.pipeline.runners.presets import GPUS, Cluster, beam_options, require_store
 from lacy.schemas.errors import UsageError
 
 DATAFLOW = {"on": "dataflow", "project": "my-project", "region": "us-central1", "image": "host/lacy/label:gpu"}

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lacy.pipeline.corpus import readers, spool
+from lacy.pipeline.corpus.deadletters import REASONS, Code, dead_letter, fault
 from lacy.pipeline.corpus.readers import read
-from lacy.pipeline.corpus.sources import Range, Stream, default_part_bytes, find_files, kind_of, plan
+from lacy.pipeline.corpus.sources import Range, Stream, default_part_bytes, find_files, kind_of, plan_parts
 from lacy.schemas.errors import CorpusError
 from tests.pipeline import corpora
 
@@ -21,7 +22,7 @@ from tests.pipeline import corpora
 def read_all(corpus, part_bytes, folder):
     """All documents of a corpus through its plan: (ids, texts, bad)."""
     ids, texts, bad, names = [], [], [], []
-    for item in plan(find_files([str(corpus)]), part_bytes):
+    for item in plan_parts(find_files([str(corpus)]), part_bytes):
         for part in [item] if isinstance(item, Range) else spool.spool(item, folder, part_bytes, set()):
             documents = read(part)
             ids += documents.ids
@@ -98,7 +99,7 @@ def test_positions_in_a_stream_are_those_of_the_plain_file(tmp_path):
 
     def places(path):
         found = []
-        for item in plan(find_files([str(path)]), 2000):
+        for item in plan_parts(find_files([str(path)]), 2000):
             for part in [item] if isinstance(item, Range) else spool.spool(item, tmp_path / "s", 2000, set()):
                 found += [source.rpartition(":")[2] for source in read(part).sources]
         return found
@@ -201,7 +202,7 @@ def test_parquet_text_of_another_type_or_encoding(tmp_path):
 
 def test_a_file_that_cannot_be_opened_is_one_bad_record(tmp_path):
     path = corpora.write(tmp_path / "c.jsonl", corpora.documents(50))
-    planned = plan(find_files([str(path)]), 1024)
+    planned = plan_parts(find_files([str(path)]), 1024)
     path.unlink()
     path.mkdir()
     bad = [letter for part in planned for letter in read(part).bad]
@@ -246,7 +247,7 @@ def test_planning_reads_nothing_and_small_corpora_have_parts_too(tmp_path):
     files = find_files([str(path)])
     assert default_part_bytes(files) == 10_000_000 // 64
     path.unlink()
-    parts = plan(files, default_part_bytes(files))
+    parts = plan_parts(files, default_part_bytes(files))
     assert len(parts) == 64 and all(isinstance(part, Range) for part in parts)
     assert [part.start for part in parts[1:]] == [part.end for part in parts[:-1]]
     assert parts[-1].end == 10_000_000
@@ -254,7 +255,7 @@ def test_planning_reads_nothing_and_small_corpora_have_parts_too(tmp_path):
 
 def test_a_stream_is_cut_once(tmp_path, monkeypatch):
     path = corpora.write(tmp_path / "c.jsonl.gz", corpora.documents(80))
-    stream = plan(find_files([str(path)]), 2000)[0]
+    stream = plan_parts(find_files([str(path)]), 2000)[0]
     assert isinstance(stream, Stream)
     ranges = spool.spool(stream, tmp_path, 2000, set())
     for part in ranges[:2]:
@@ -270,13 +271,18 @@ def test_a_stream_is_cut_once(tmp_path, monkeypatch):
 def test_dead_letters_are_json(tmp_path):
     from dataclasses import asdict
 
-    bad = readers.Bad("c.jsonl", 7, 'a "quoted" reason', "id")
+    bad = dead_letter("c.jsonl", 7, fault(Code.NOT_JSON, 'a "quoted" detail'), "id")
     assert json.loads(json.dumps(asdict(bad))) == {
         "source": "c.jsonl",
         "position": 7,
-        "reason": 'a "quoted" reason',
+        "reason": 'not JSON: a "quoted" detail',
         "doc_id": "id",
+        "code": "not_json",
     }
+
+
+def test_each_code_has_a_reason():
+    assert set(REASONS) == set(Code)
 
 
 def test_kinds_by_suffix():

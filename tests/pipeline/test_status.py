@@ -8,10 +8,11 @@ from dataclasses import asdict
 import pytest
 
 from lacy.pipeline.corpus import spool
-from lacy.pipeline.corpus.sources import Range, plan
-from lacy.pipeline.status import status, update
+from lacy.pipeline.corpus.sources import Range, plan_parts
+from lacy.pipeline.runners.counts import Counts
+from lacy.pipeline.status import counter, status, update
 from lacy.schemas.errors import DatasetError
-from lacy.schemas.files import remove
+from lacy.schemas.files import remove, write_atomic
 from lacy.schemas.manifest import CorpusFile, Manifest, PartRecord, at, load, read_manifest, record_path, save
 
 NOW = 2_000_000_000.0
@@ -39,7 +40,7 @@ def record(dataset, name, seconds_ago=0.0, rows=2, tokens=50, bad=1):
 
 
 def names(dataset):
-    return [part.name for part in plan(read_manifest(dataset).corpus, 1000)]
+    return [part.name for part in plan_parts(read_manifest(dataset).corpus, 1000)]
 
 
 def test_nothing_yet(tmp_path):
@@ -71,7 +72,7 @@ def test_records_are_read_once(dataset, monkeypatch):
     assert [path.name for path in asked] == [f"{names(dataset)[1]}.json"]
 
 
-def test_a_damaged_record_is_told(dataset):
+def test_a_damaged_record_is_reported(dataset):
     record(dataset, names(dataset)[0])
     (dataset / ".parts" / f"{names(dataset)[1]}.json").write_bytes(b"{")
     found = status(dataset)
@@ -98,7 +99,7 @@ def test_pace_and_what_is_left(folder):
     assert found.stuck == []
 
 
-def test_a_run_that_stands_still(folder):
+def test_a_stalled_run(folder):
     for name, ago in zip(names(folder), range(520, 430, -10), strict=False):
         record(folder, name, ago)
     left = names(folder)[-1]
@@ -153,3 +154,20 @@ def test_the_command(folder, tiny, tmp_path, labeller):
     assert json.loads(done.stdout)["labels"][0]["name"] == "lacy"
     done = labeller("status", tmp_path)
     assert done.returncode == 0 and done.stdout == f"{tmp_path}: no run has begun here: there is no manifest.json\n"
+
+
+def test_progress_comes_from_the_records_of_the_dataset(tmp_path):
+    def finish(name: str) -> None:
+        fields = {"source": "a", "rows": 2, "tokens": 10, "factual": 0, "bytes": 1, "sha256": "", "bad": 1}
+        save(record_path(tmp_path, name), PartRecord(name=name, **fields))
+
+    finish("part-00000-000000000000000")
+    bytes_of = {"part-00000-000000000001000": 1000, "part-00000-000000000002000": 500}
+    count = counter(tmp_path, {"part-00000-000000000000000"}, bytes_of)
+    assert count() == Counts()
+    finish("part-00000-000000000001000")
+    write_atomic(tmp_path / ".spool" / "part-00001-000000000000000.jsonl", b"")
+    assert count() == Counts(documents=2, tokens=10, bad=1, parts=1, bytes=1000, planned_parts=1)
+    finish("part-00001-000000000000000")
+    (tmp_path / ".spool" / "part-00001-000000000000000.jsonl").unlink()
+    assert count() == Counts(documents=4, tokens=20, bad=2, parts=2, bytes=1000, planned_parts=1)

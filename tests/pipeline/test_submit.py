@@ -1,4 +1,4 @@
-"""Jobs on a job server of Beam's in this process: submitted, watched, failed, given up, cancelled."""
+"""Jobs on one of Beam's job servers in this process: submitted, watched, failed, cancelled."""
 
 import threading
 import time
@@ -7,10 +7,8 @@ import apache_beam as beam
 import pytest
 
 from lacy.pipeline.runners import submit
-from lacy.pipeline.runners.heartbeat import Counts
+from lacy.pipeline.runners.counts import Counts
 from lacy.schemas.errors import RunError
-from lacy.schemas.files import write_atomic
-from lacy.schemas.manifest import PartRecord, record_path, save
 
 HERE = ["--runner=PortableRunner", "--job_endpoint=embed", "--environment_type=LOOPBACK"]
 seen: list[int] = []
@@ -56,7 +54,7 @@ def nothing() -> Counts:
         (HERE, True),
     ],
 )
-def test_options_that_lead_elsewhere(beam_options, far):
+def test_options_that_name_another_runner(beam_options, far):
     assert submit.elsewhere(beam_options) is far
 
 
@@ -96,13 +94,13 @@ def test_a_runner_that_there_is_not():
     assert len(str(told.value).splitlines()) == 1
 
 
-def test_a_job_that_stands_still_is_given_up_and_cancelled():
+def test_a_stalled_job_is_cancelled():
     with pytest.raises(RunError) as told:
         submit.run(graph(stand_still), beam_options=HERE, count=lambda: Counts(parts=1), patience=0.5)
     assert "a worker may have died; the job was cancelled; finished parts are kept" in str(told.value)
 
 
-def test_a_job_that_stands_still_with_nothing_left_is_done():
+def test_a_stalled_job_with_nothing_left_to_do_is_done():
     everything = {"count": lambda: Counts(parts=1), "complete": lambda: True}
     submit.run(graph(stand_still), beam_options=HERE, patience=0.5, **everything)
     assert not released.is_set()
@@ -123,20 +121,3 @@ def test_ctrl_c_cancels_the_job_and_says_so():
 
     with pytest.raises(KeyboardInterrupt, match=r"^stopped; the job was cancelled; finished parts are kept"):
         submit.run(graph(stand_still), beam_options=HERE, count=nothing, on_progress=interrupt)
-
-
-def test_the_dataset_tells_what_is_finished(tmp_path):
-    def finish(name: str) -> None:
-        fields = {"source": "a", "rows": 2, "tokens": 10, "factual": 0, "bytes": 1, "sha256": "", "bad": 1}
-        save(record_path(tmp_path, name), PartRecord(name=name, **fields))
-
-    finish("part-00000-000000000000000")
-    bytes_of = {"part-00000-000000000001000": 1000, "part-00000-000000000002000": 500}
-    count = submit.counter(tmp_path, {"part-00000-000000000000000"}, bytes_of)
-    assert count() == Counts()
-    finish("part-00000-000000000001000")
-    write_atomic(tmp_path / ".spool" / "part-00001-000000000000000.jsonl", b"")
-    assert count() == Counts(documents=2, tokens=10, bad=1, parts=1, bytes=1000, planned_parts=1)
-    finish("part-00001-000000000000000")
-    (tmp_path / ".spool" / "part-00001-000000000000000.jsonl").unlink()
-    assert count() == Counts(documents=4, tokens=20, bad=2, parts=2, bytes=1000, planned_parts=1)

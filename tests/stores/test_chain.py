@@ -138,7 +138,7 @@ def test_killed_and_finished_by_two_at_once(chain, corpus, local):
     beside = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     done = run(*arguments)
     _, told = beside.communicate(timeout=200)
-    assert "going on" in done.stderr + told
+    assert "resuming: " in done.stderr + told
     # Both measure the same; when both then decide at the same time, one of them may be told to come again.
     failed = [
         text.splitlines()[-1] for text, code in ((done.stderr, done.returncode), (told, beside.returncode)) if code

@@ -8,7 +8,7 @@ import pytest
 
 from lacy.pipeline.corpus import readers, spool
 from lacy.pipeline.corpus.readers import CopyGoneError, read
-from lacy.pipeline.corpus.sources import Range, find_files, plan
+from lacy.pipeline.corpus.sources import Range, find_files, plan_parts
 from lacy.schemas import files
 from lacy.schemas.errors import CorpusError, DatasetError
 from lacy.schemas.manifest import at
@@ -35,7 +35,7 @@ def upload(store, folder, url):
 
 def read_all(argument, part_bytes, dataset):
     found = []
-    for item in plan(find_files([str(argument)]), part_bytes):
+    for item in plan_parts(find_files([str(argument)]), part_bytes):
         for part in [item] if isinstance(item, Range) else spool.spool(item, dataset, part_bytes, set()):
             documents = read(part)
             ids = [doc_id.removeprefix(str(argument)) for doc_id in documents.ids]
@@ -87,7 +87,7 @@ def test_a_range_costs_a_request(store, quiet):
     rows = [{"id": str(number), "text": "word " * 2000} for number in range(600)]
     data = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
     url = store.put(f"{store.new()}/c.jsonl", data)
-    parts = plan(find_files([url]), 1 << 20)
+    parts = plan_parts(find_files([url]), 1 << 20)
     store.proxy.requests.clear()
     ids = [doc_id for part in parts for doc_id in read(part).ids]
     assert ids == [row["id"] for row in rows]
@@ -99,7 +99,7 @@ def test_a_row_group_costs_few_requests(store, quiet, tmp_path):
     rows = [{"id": str(number), "text": f"{number} word " * 2000, "other": "x" * 5000} for number in range(400)]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "c.parquet", row_group_size=100, compression="none")
     url = store.put(f"{store.new()}/c.parquet", (tmp_path / "c.parquet").read_bytes())
-    parts = plan(find_files([url]), 2 << 20)
+    parts = plan_parts(find_files([url]), 2 << 20)
     for part in parts:
         store.proxy.requests.clear()
         assert read(part).ids
@@ -111,7 +111,7 @@ def test_a_row_group_costs_few_requests(store, quiet, tmp_path):
 def test_a_copy_that_is_gone_makes_no_dead_letter(store):
     """Another run has labelled it, or this one does when it is run again."""
     url = store.new()
-    with pytest.raises(CopyGoneError, match="is gone: run the same command again"):
+    with pytest.raises(CopyGoneError, match="is gone: rerun the same command"):
         read(Range("part-x", url, f"{url}.gone", "jsonl", 0, 10))
 
 
@@ -119,7 +119,7 @@ def test_a_store_that_is_down_makes_no_dead_letters(s3, monkeypatch):
     """Nothing is known about the documents then: the run fails, and finds them when it is run again."""
     monkeypatch.setattr(files, "PATIENCE", 0.0)
     url = s3.put(f"{s3.new()}/c.jsonl", corpora.jsonl(corpora.documents(3)))
-    (part,) = plan(find_files([url]), 1 << 20)
+    (part,) = plan_parts(find_files([url]), 1 << 20)
     s3.proxy.fault = lambda method, path: "reset"
     with pytest.raises(DatasetError, match="cannot be reached"):
         read(part)
@@ -131,6 +131,6 @@ def test_a_store_that_is_down_makes_no_dead_letters(s3, monkeypatch):
 
 def test_a_file_that_was_removed_is_a_dead_letter(store, quiet):
     url = store.put(f"{store.new()}/c.jsonl", corpora.jsonl(corpora.documents(30)))
-    parts = plan(find_files([url]), 2000)
+    parts = plan_parts(find_files([url]), 2000)
     store.direct.rm(url.split("://")[1])
     assert [len(read(part).bad) for part in parts] == [1] + [0] * (len(parts) - 1)

@@ -4,8 +4,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from lacy.pipeline.corpus.readers import Bad
-from lacy.pipeline.label import finish
+from lacy.pipeline.corpus.deadletters import Code, dead_letter, fault
+from lacy.pipeline.fold import fold, lost_parts
 from lacy.pipeline.write import is_finished, write_part
 from lacy.schemas import files, manifest
 from lacy.schemas.manifest import Manifest, at, read_manifest
@@ -35,7 +35,9 @@ def measured(dataset, names=tuple(PARTS)):
         columns |= {field: lists for field in ("token_ids", "token_starts", "token_ends", "pos", "ent_type")}
         fields = [field for field in SIGNALS if field.name in columns]
         table = pa.table([pa.array(columns[f.name]).cast(f.type) for f in fields], schema=pa.schema(fields))
-        write_part(dataset, name, f"{name}.jsonl", table, (Bad(f"{name}.jsonl", 7, "no text"),), skipped=1)
+        write_part(
+            dataset, name, f"{name}.jsonl", table, (dead_letter(f"{name}.jsonl", 7, fault(Code.NO_TEXT)),), skipped=1
+        )
 
 
 def begun(dataset):
@@ -57,7 +59,7 @@ def test_folded_once_and_again(dataset):
     measured(dataset)
     files.write_atomic(dataset / ".spool" / "part-00000-0.jsonl", b"a copy")
     assert is_finished(dataset, "part-00000-0") and not is_finished(dataset, "part-00007-0")
-    whole = finish(dataset, max_bad=1.0)
+    whole = fold(dataset, max_bad=1.0)
     assert whole == read_manifest(dataset) and whole.state == "complete"
     assert (whole.documents, whole.tokens, whole.bad, whole.skipped) == (4, 8, 6, 4)
     assert [record.rows for record in whole.parts] == [3, 1, 0, 0]
@@ -71,8 +73,21 @@ def test_folded_once_and_again(dataset):
     # Another run of the same command was at work all the time, and writes some parts once more.
     measured(dataset, list(PARTS)[1:3])
     assert contents(dataset) != first
-    assert finish(dataset, max_bad=1.0) == whole
+    assert fold(dataset, max_bad=1.0) == whole
     assert contents(dataset) == first
+
+
+def test_parts_that_lost_a_file_are_found(dataset):
+    begun(dataset)
+    measured(dataset)
+    whole = fold(dataset, max_bad=1.0)
+    assert lost_parts(dataset, whole) == []
+    signals, short, letters, empty = (record.name for record in whole.parts)
+    files.remove(manifest.signals_path(dataset, signals))
+    files.write_atomic(manifest.signals_path(dataset, short), b"PAR1")
+    files.remove(manifest.deadletter_path(dataset, letters))
+    assert [record.name for record in lost_parts(dataset, whole)] == [signals, short, letters]
+    assert empty == "part-00002-0"
 
 
 def test_a_record_without_its_file_is_not_finished(dataset):
@@ -80,6 +95,6 @@ def test_a_record_without_its_file_is_not_finished(dataset):
     begun(dataset)
     measured(dataset)
     files.remove(manifest.signals_path(dataset, "part-00000-0"))
-    whole = finish(dataset, max_bad=1.0)
+    whole = fold(dataset, max_bad=1.0)
     assert [record.name for record in whole.parts] == list(PARTS)[1:]
     assert np.sum([record.rows for record in whole.parts]) == whole.documents == 3

@@ -76,7 +76,7 @@ def parse_page(xml: bytes) -> Page | None:
     try:
         source = xml.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8: {error.reason} at byte {error.start}") from None
+        raise ValueError(f"not UTF-8: {error.reason} at byte {error.start}") from error
     if "<!" in source or "<?" in source:
         raise ValueError("a page must not hold XML declarations")
     try:

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from lacy.pipeline.cost import DEFAULTS, Rate, amount, estimate_cost, measured, with_dataset, with_file
 from lacy.pipeline.estimate import Estimate, Figure
-from lacy.pipeline.plan import DEFAULTS, Rate, amount, measured, plan, with_dataset, with_file
 from lacy.schemas.errors import UsageError
 
 ROUND = {
@@ -34,7 +34,7 @@ RATES = DEFAULTS | {name: Rate(value=value, source="test") for name, value in RO
 
 def test_a_corpus_by_hand():
     """3.6 billion tokens: 1,000 core hours of tagging, 200 hours of a GPU for two models."""
-    found = plan(3.6e9, RATES, models=2, gpu="l4", gpus=1, taggers=10, scorers=20, part_bytes=1_000_000)
+    found = estimate_cost(3.6e9, RATES, models=2, gpu="l4", gpus=1, taggers=10, scorers=20, part_bytes=1_000_000)
     assert found.corpus_bytes == 14.4e9
     assert found.parts == 14_400
     assert found.tagging_core_hours == pytest.approx(1000)
@@ -59,7 +59,7 @@ def test_a_corpus_by_hand():
 
 def test_machines_by_hours():
     """Of 41 hours one is for starting, and 20 each are for tagging and scoring."""
-    found = plan(3.6e9, RATES, models=2, gpu="l4", gpus=2, hours=41)
+    found = estimate_cost(3.6e9, RATES, models=2, gpu="l4", gpus=2, hours=41)
     assert found.taggers == 13  # 1000 / (20 * 8 * 0.5) = 12.5
     assert found.scorers == 10  # 200 / (20 * 2 * 0.5)
     assert found.gpus == 20
@@ -67,24 +67,24 @@ def test_machines_by_hours():
 
 
 def test_grammar_alone_needs_no_gpu_and_no_second_shuffle():
-    found = plan(3.6e9, RATES, models=0, hours=41)
+    found = estimate_cost(3.6e9, RATES, models=0, hours=41)
     assert (found.scorers, found.gpus, found.scoring_gpu_hours, found.shuffle_bytes) == (0, 0, 0, 0)
     assert found.taggers == 7  # 1000 / (40 * 8 * 0.5) = 6.25
     assert found.money_of["GPUs"] == found.money_of["scorers"] == found.money_of["shuffle"] == 0
 
 
 def test_parts_grow_with_the_corpus_up_to_a_limit_and_then_datasets_are_advised():
-    assert plan(3e9).part_bytes == 1 << 20
-    middle = plan(100e9)
+    assert estimate_cost(3e9).part_bytes == 1 << 20
+    middle = estimate_cost(100e9)
     assert (middle.part_bytes, middle.parts) == (4 << 20, 97_752)  # 2 MiB would make 195,504
     assert "give lacy label --part-bytes 4194304" in middle.notes
-    large = plan(1e12)
+    large = estimate_cost(1e12)
     assert large.part_bytes == 16 << 20
-    assert "label the corpus as 3 datasets: one is tested with 100,000 parts" in large.notes
+    assert "label the corpus as 3 datasets: one dataset is tested with up to 100,000 parts" in large.notes
 
 
-def test_a_part_that_is_too_large_is_told():
-    notes = plan(1e12, part_bytes=256 << 20).notes
+def test_a_part_that_is_too_large_is_noted():
+    notes = estimate_cost(1e12, part_bytes=256 << 20).notes
     assert any("smaller --part-bytes" in note and "crosses" in note for note in notes)
     assert any("a lost machine loses" in note for note in notes)
 
@@ -103,7 +103,7 @@ def test_no_amounts(text):
 @pytest.mark.parametrize("given", [{"gpu": "t4"}, {"gpu": "l4", "gpus": 3}, {"hours": 0.1}])
 def test_what_cannot_be(given):
     with pytest.raises(UsageError):
-        plan(1e9, **given)
+        estimate_cost(1e9, **given)
 
 
 def test_rates_of_a_file(tmp_path):
@@ -111,7 +111,7 @@ def test_rates_of_a_file(tmp_path):
     rates = with_file(DEFAULTS, tmp_path / "a.yaml")
     assert rates["efficiency"] == Rate(value=0.75, source="a.yaml")
     assert rates["scoring_tokens_per_second"] == Rate(value=5e4, source="our H100")
-    assert plan(1e9, rates, gpu="a100").scoring_gpu_hours == pytest.approx(1e9 / 5e4 / 3600)
+    assert estimate_cost(1e9, rates, gpu="a100").scoring_gpu_hours == pytest.approx(1e9 / 5e4 / 3600)
 
 
 @pytest.mark.parametrize(

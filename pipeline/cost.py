@@ -1,11 +1,11 @@
-"""`lacy plan`: what a corpus of some size takes on Dataflow, before anything is paid for.
+"""`lacy plan`: the time and money that a corpus of some size takes on Dataflow.
 
-Arithmetic on rates. Each rate has a value and says where it is from; each can be replaced, by a file, by what
-`lacy label --estimate` measured, or by a dataset that exists.
+Arithmetic on rates. Each rate has a value and its source; each can be replaced by a file, by what
+`lacy label --estimate` measured, or by a finished dataset.
 
     tagging   tokens / (vCPUs * tokens/s of one * efficiency)
     scoring   tokens * models / (GPUs * tokens/s of one * efficiency), after the tagging: in a batch job nothing passes
-              the shuffle between them until all of it is written
+              the shuffle between them until it is complete
     deciding  tokens / (vCPUs * tokens/s of one * efficiency), on the machines that tag
     money     machine hours * (vCPUs, memory, disk, GPUs), bytes through the shuffle twice, requests, a month of storage
 """
@@ -23,11 +23,10 @@ from lacy.pipeline.runners.presets import DISK_GB, GPUS, TAGGER, TAGGER_CORES, T
 from lacy.schemas.errors import UsageError
 from lacy.schemas.manifest import at, label_sets, read_complete
 
-TESTED_PARTS = 100_000  # in one dataset
-MOST_PART_BYTES = 16 << 20  # by default: what one core tags in half an hour
+TESTED_PARTS = 100_000  # largest number in one dataset that has been tested
+MOST_PART_BYTES = 16 << 20  # largest default: half an hour of tagging on one core
 MOST_ELEMENT_BYTES = 100 << 20
-MOST_MACHINES = 2000  # of one job on Dataflow
-MONTH = 730  # hours
+MOST_MACHINES = 2000  # in one job on Dataflow
 
 
 class Rate(BaseModel):
@@ -63,18 +62,18 @@ DEFAULTS: Rates = {
     **_rates(_PRICES, gpu_hour_l4=0.672, gpu_hour_a100=3.72, gpu_hour_h100=11.755),
     **_rates(_PRICES, storage_gb_month=0.02, million_reads=0.4, million_writes=5),
 }
-OPTIONAL = ("scoring_tokens_per_second",)  # of the GPU at hand, whichever it is
+OPTIONAL = ("scoring_tokens_per_second",)  # of any GPU
 
 
-class Plan(BaseModel):
-    """Hours are of the clock where they are not named after a core or a GPU; money is in dollars."""
+class Cost(BaseModel):
+    """Hours are wall-clock hours unless named after a core or a GPU; money is in dollars."""
 
     tokens: float
     corpus_bytes: float
     part_bytes: int
     parts: int
     element_bytes: float  # of a part that crosses to the machines that score
-    part_minutes: float  # of one core: what is lost with it at most
+    part_minutes: float  # of one core, which an interrupted part loses at most
     tagging_core_hours: float
     scoring_gpu_hours: float
     taggers: int
@@ -95,7 +94,7 @@ class Plan(BaseModel):
     notes: list[str]
 
 
-def plan(
+def estimate_cost(
     tokens: float,
     rates: Rates = DEFAULTS,
     *,
@@ -106,20 +105,20 @@ def plan(
     taggers: int | None = None,
     scorers: int | None = None,
     part_bytes: int | None = None,
-) -> Plan:
-    """What `tokens` tokens take with `models` models that score (0: grammar alone), on machines of `gpus` GPUs.
+) -> Cost:
+    """The cost of `tokens` tokens with `models` models that score (0: grammar alone), on machines of `gpus` GPUs.
 
-    Machines that are not given are as many as end after `hours`, of which tagging and scoring get the same.
+    Numbers of machines that are not given are chosen to end after `hours`, divided evenly between tagging and scoring.
     Raises UsageError.
     """
     if gpu not in GPUS or gpus not in GPUS[gpu].machines:
         raise UsageError(f"no machine has {gpus} {gpu.upper()} GPUs: --gpu l4, a100 or h100, --gpus 1, 2, 4 or 8")
-    rate = {name: found.value for name, found in rates.items()}
+    rate = {name: entry.value for name, entry in rates.items()}
     machine = GPUS[gpu].machines[gpus]
     start, efficiency = rate["start_hours"], rate["efficiency"]
     left = (hours - start) / (2 if models else 1)
     if left <= 0:
-        raise UsageError(f"--hours {hours:g} is less than the {start:g} that machines take to start")
+        raise UsageError(f"--hours {hours:g} is less than the {start:g} hours that machines take to start")
     core_hours = tokens / rate["tagging_tokens_per_second"] / 3600
     speed = rate.get("scoring_tokens_per_second", rate[f"scoring_tokens_per_second_{gpu}"])
     gpu_hours = tokens * models / speed / 3600
@@ -152,7 +151,7 @@ def plan(
         "shuffle": 2 * tokens * crossing / 1e9 * rate["shuffle_gb"],
         "requests": reads / 1e6 * rate["million_reads"] + writes / 1e6 * rate["million_writes"],
     }
-    found = Plan(
+    cost = Cost(
         tokens=tokens,
         corpus_bytes=corpus_bytes,
         part_bytes=part_bytes,
@@ -178,41 +177,41 @@ def plan(
         storage_month=(signals + labels) / 1e9 * rate["storage_gb_month"],
         notes=[],
     )
-    return found.model_copy(update={"notes": _notes(found, gpu)})
+    return cost.model_copy(update={"notes": _notes(cost, gpu)})
 
 
 def _part_bytes(corpus_bytes: float) -> int:
-    """The default of `lacy label`, doubled while a dataset would have more parts than are tested."""
+    """The default of `lacy label`, doubled while the dataset would have more than TESTED_PARTS parts."""
     size = MAX_PART_BYTES
     while corpus_bytes / size > TESTED_PARTS and size < MOST_PART_BYTES:
         size *= 2
     return size
 
 
-def _notes(found: Plan, gpu: str) -> list[str]:
+def _notes(cost: Cost, gpu: str) -> list[str]:
     notes = []
-    if found.part_bytes != MAX_PART_BYTES:
-        notes.append(f"give lacy label --part-bytes {found.part_bytes}")
-    if found.parts > TESTED_PARTS:
-        datasets = math.ceil(found.parts / TESTED_PARTS)
-        notes.append(f"label the corpus as {datasets} datasets: one is tested with {TESTED_PARTS:,} parts")
-    if found.element_bytes > MOST_ELEMENT_BYTES:
-        notes.append(f"a part crosses as {found.element_bytes / 1e6:,.0f} MB: take a smaller --part-bytes")
-    if found.part_minutes > 60:
+    if cost.part_bytes != MAX_PART_BYTES:
+        notes.append(f"give lacy label --part-bytes {cost.part_bytes}")
+    if cost.parts > TESTED_PARTS:
+        datasets = math.ceil(cost.parts / TESTED_PARTS)
         notes.append(
-            f"a lost machine loses {found.part_minutes:,.0f} minutes of each core: take a smaller --part-bytes"
+            f"label the corpus as {datasets} datasets: one dataset is tested with up to {TESTED_PARTS:,} parts"
         )
-    if max(found.taggers, found.scorers) > MOST_MACHINES:
-        notes.append(f"a job has at most {MOST_MACHINES:,} machines: allow more --hours, or divide the corpus")
-    if found.gpus:
+    if cost.element_bytes > MOST_ELEMENT_BYTES:
+        notes.append(f"a part crosses the shuffle as {cost.element_bytes / 1e6:,.0f} MB: use a smaller --part-bytes")
+    if cost.part_minutes > 60:
+        notes.append(f"a lost machine loses {cost.part_minutes:,.0f} minutes of each core: use a smaller --part-bytes")
+    if max(cost.taggers, cost.scorers) > MOST_MACHINES:
+        notes.append(f"a job has at most {MOST_MACHINES:,} machines: allow more --hours, or split the corpus")
+    if cost.gpus:
         notes.append(
-            f"the project needs a quota of {found.gpus:,} {gpu.upper()} and {found.taggers * TAGGER_CORES:,} CPUs"
+            f"the project needs a quota of {cost.gpus:,} {gpu.upper()} and {cost.taggers * TAGGER_CORES:,} CPUs"
         )
     return notes
 
 
 def amount(text: str) -> float:
-    """3000000000, 3e9 or 3B: with K, M, B (or G) or T behind it. Raises UsageError."""
+    """Parse an amount: 3000000000, 3e9 or 3B, with the suffixes K, M, B (or G) and T. Raises UsageError."""
     powers = {"K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
     try:
         value = float(text[:-1]) * powers[text[-1].upper()] if text[-1:].upper() in powers else float(text)
@@ -224,7 +223,7 @@ def amount(text: str) -> float:
 
 
 def with_file(rates: Rates, path: Path) -> Rates:
-    """Rates with those of a JSON or YAML file: name: number, or name: {value: number, source: text}.
+    """Replace rates by those of a JSON or YAML file: name: number, or name: {value: number, source: text}.
 
     Raises UsageError.
     """
@@ -235,35 +234,35 @@ def with_file(rates: Rates, path: Path) -> Rates:
     except (OSError, yaml.YAMLError) as error:
         raise UsageError(f"--rates {path}: {str(error).splitlines()[0]}") from None
     if not isinstance(given, dict):
-        raise UsageError(f"--rates {path} has no names with numbers, as in  efficiency: 0.8")
-    found = dict(rates)
+        raise UsageError(f"--rates {path} must map names to numbers, as in  efficiency: 0.8")
+    replaced = dict(rates)
     for name, entry in given.items():
         if name not in DEFAULTS and name not in OPTIONAL:
             raise UsageError(f"--rates {path}: no rate {name!r}; there are {', '.join([*DEFAULTS, *OPTIONAL])}")
         try:
-            found[name] = Rate.model_validate(
+            replaced[name] = Rate.model_validate(
                 entry if isinstance(entry, dict) else {"value": entry, "source": path.name}
             )
         except ValidationError as error:
             raise UsageError(f"--rates {path}: {name}: {error.errors()[0]['msg']}") from None
-    return found
+    return replaced
 
 
 def with_dataset(rates: Rates, dataset: str) -> tuple[Rates, int]:
-    """Rates with the sizes of a finished dataset, and its tokens. Raises DatasetError."""
-    place = at(dataset)
-    manifest = read_complete(place)
+    """Replace rates by the sizes of a finished dataset; returns its tokens too. Raises DatasetError."""
+    folder = at(dataset)
+    manifest = read_complete(folder)
     sizes = {"signals_bytes_per_token": sum(part.bytes for part in manifest.parts) / manifest.tokens}
     kinds = [kind_of(file.path) for file in manifest.corpus]
     if all(kind and kind[1] == "" for kind in kinds) and not manifest.options.get("limit"):
         sizes["bytes_per_token"] = sum(file.bytes for file in manifest.corpus) / manifest.tokens
-    for labels in list(label_sets(place).values())[:1]:
+    for labels in list(label_sets(folder).values())[:1]:
         sizes["labels_bytes_per_token"] = sum(part.bytes for part in labels.parts) / manifest.tokens
     return rates | _rates(f"measured: {dataset}", **sizes), manifest.tokens
 
 
 def measured(estimate: Any) -> dict[str, dict[str, Any]]:
-    """What `lacy.pipeline.estimate.estimate` found, as the content of a file for `with_file`."""
+    """The result of `lacy.pipeline.estimate.estimate` as the content of a file for `with_file`."""
     tokens = estimate.tokens.value
     by_core = [hours.value for stage, hours in estimate.stages.items() if stage not in ROLES]
     values = {
