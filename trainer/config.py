@@ -6,7 +6,6 @@ from typing import Any, Final, Literal, Self, get_args
 from pydantic import Field, model_validator
 
 from lacy.schemas.errors import UsageError
-from lacy.schemas.files import write_atomic
 from lacy.schemas.options import Options, option
 from lacy.trainer.paths import dataset_of
 
@@ -146,6 +145,8 @@ def load(flags: dict[str, Any], file: Path | None = None, resume: bool = False) 
 def save(config: TrainConfig) -> None:
     """Write OUT/config.yaml, which `load` reads."""
     import yaml
+
+    from lacy.schemas.files import write_atomic
 
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
     write_atomic(config.out / "config.yaml", text.encode())
