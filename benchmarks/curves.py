@@ -39,7 +39,7 @@ def main() -> None:
             axis.plot([tokens / 1e6 for tokens in learnt], [record[name] for record in valid], label=run.name)
     for axis, title in zip(axes, PANELS.values(), strict=True):
         axis.set_title(title, fontsize=9)
-        axis.set_xlabel("million tokens learnt")
+        axis.set_xlabel("million learned tokens")
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].legend(frameon=False)
