@@ -34,9 +34,9 @@ def main() -> None:
     plt.rcParams |= {"svg.hashsalt": "lacy", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9}
     figure, axes = plt.subplots(1, len(PANELS), figsize=(12, 3.4), layout="constrained")
     for run in arguments.runs:
-        learnt, valid = validations(run)
+        learned, valid = validations(run)
         for axis, name in zip(axes, PANELS, strict=True):
-            axis.plot([tokens / 1e6 for tokens in learnt], [record[name] for record in valid], label=run.name)
+            axis.plot([tokens / 1e6 for tokens in learned], [record[name] for record in valid], label=run.name)
     for axis, title in zip(axes, PANELS.values(), strict=True):
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("million learned tokens")
@@ -47,15 +47,15 @@ def main() -> None:
 
 
 def validations(run: Path) -> tuple[list[int], list[dict[str, Any]]]:
-    """The validations of a run, and how many tokens had been learnt at each."""
-    learnt, valid, seen = [], [], {0: 0}
+    """The validations of a run, and how many tokens had been learned at each."""
+    learned, valid, seen = [], [], {0: 0}
     for record in read(run):
         if "loss" in record:
             seen[record["step"]] = record["gt_tokens"]
         else:
-            learnt.append(seen[record["step"]])
+            learned.append(seen[record["step"]])
             valid.append(record)
-    return learnt, valid
+    return learned, valid
 
 
 if __name__ == "__main__":

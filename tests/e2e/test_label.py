@@ -81,7 +81,7 @@ def test_tokens_decode_to_the_text_and_offsets_point_into_it(labelled):
         assert row["ref_nll"][0] is None and None not in row["ref_nll"][1:]
 
 
-def test_the_share_is_the_budget_and_first_tokens_are_learnt(labelled, labeller):
+def test_the_share_is_the_budget_and_first_tokens_are_learned(labelled, labeller):
     tokens = json.loads((labelled / "manifest.json").read_text())["tokens"]
     for policy, budget in (("lacy", 0.05), ("loss", 0.15), ("random", 0.3)):
         done = labeller("decide", labelled, "--policy", policy, "--budget", budget, "--name", f"{policy}-{budget}")

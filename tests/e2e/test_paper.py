@@ -62,8 +62,8 @@ def test_the_whole_recipe(tmp_path, small_model):
         done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=500, cwd=ROOT)
         assert done.returncode == 0, done.stderr
     assert done.stdout.count("already done") == done.stdout.count("== ") >= 11
-    learnt = [logs.read(tmp_path / "paper" / name)[-1] for name in ("lacy", "standard")]
-    assert all(3000 <= last["gt_tokens"] < 3000 + last["tokens"] / last["step"] for last in learnt), "as many of each"
+    learned = [logs.read(tmp_path / "paper" / name)[-1] for name in ("lacy", "standard")]
+    assert all(3000 <= last["gt_tokens"] < 3000 + last["tokens"] / last["step"] for last in learned), "as many of each"
     command[-3] = "gt-tokens=6000"
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=500, cwd=ROOT)
     assert done.returncode == 0, done.stderr
