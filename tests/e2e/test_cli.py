@@ -85,7 +85,7 @@ def test_every_command_explains_itself(path, labeller):
         (("train",), (TrainConfig,), set()),
         (("generate",), (PartnerOptions, GenerateOptions, DeviceOptions), set()),
     ],
-    ids=str,
+    ids=["label", "decide", "train", "generate"],
 )
 def test_every_field_of_the_options_is_a_flag_with_its_default(path, models, left_out):
     flags = {parameter.name: parameter for parameter in COMMANDS[path].params}
