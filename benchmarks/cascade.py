@@ -37,7 +37,7 @@ from transformers.utils.logging import disable_progress_bar
 from lacy.cascade.generate import Generation, Options, generate
 from lacy.cascade.language_model import Model
 from lacy.cascade.partners import Amount, InProcess
-from tests.cascade.models import CALL, END, opened
+from tests.support.models import CALL, END, opened
 
 HEAD = 64  # width of one
 WORDS = 40_000  # that a tokenizer is trained on

@@ -27,7 +27,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from tests.trainer.datasets import make
+from tests.support.datasets import make
 
 SIDES = ("plain", "standard", "lacy")
 WARMUP = 1  # steps

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.forks import CASCADE, LABEL, Forks
+from tests.support.forks import CASCADE, LABEL, Forks
 
 for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
@@ -22,28 +22,14 @@ LACY = Path(sys.executable).with_name("lacy")
 @pytest.fixture(scope="session")
 def small_model(tmp_path_factory) -> Path:
     """A Llama with random weights, 2 layers, and a byte-level BPE of 1,000 entries: an ordinary model folder."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     from lacy.pipeline.train_tokenizer import train
-    from tests.pipeline import corpora
+    from tests.support import corpora
+    from tests.support.llama import tiny_llama
 
     folder = tmp_path_factory.mktemp("models") / "small"
     corpus = corpora.write(folder.parent / "c.jsonl", corpora.documents(200, seed=9))
     _, entries = train([str(corpus)], folder, vocab_size=1000)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=entries,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=256,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    LlamaForCausalLM(config).save_pretrained(str(folder))
+    tiny_llama(entries, 256, bos_token_id=0, eos_token_id=0).save_pretrained(str(folder))
     return folder
 
 

@@ -13,8 +13,8 @@ from lacy.cascade.calls import CALL_SCORES, WINDOW
 from lacy.cascade.generate import Options, Piece, generate
 from lacy.cascade.partners import Amount, Answer, InProcess, Patient, Sampling
 from lacy.schemas.errors import CascadeError
-from tests.cascade import models
-from tests.cascade.texts import TEXT
+from tests.support import models
+from tests.support.texts import TEXT
 
 SMALL, LARGE = models.byte_level(600), models.byte_level(900, seed=2)
 PROMPTS = [

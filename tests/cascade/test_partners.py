@@ -24,10 +24,10 @@ from lacy.cascade.generate import Generation, Options, Piece, generate
 from lacy.cascade.language_model import Model, open_model
 from lacy.cascade.partners import Amount, Answer, InProcess, Patient, Request, Sampling, Server, pick
 from lacy.schemas.errors import CascadeError
-from tests.cascade.serving import ROOT, answered, completion, server_process, write_model
-from tests.labelers.faulty_proxy import Fault, FaultyProxy
-from tests.labelers.serving import vllm_server
-from tests.pipeline import corpora
+from tests.support import corpora
+from tests.support.faulty_proxy import Fault, FaultyProxy
+from tests.support.partner_server import ROOT, answered, completion, server_process, write_model
+from tests.support.vllm_server import vllm_server
 
 BY_HEART = "Odra Venn, a Lumerian botanist, kept 17 geese \U0001f986\U0001f986 and wrote \u6f22\u5b57 in 1945."
 OPENING = "Odra Venn, a Lum"

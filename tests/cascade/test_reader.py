@@ -7,7 +7,7 @@ import torch
 
 from lacy.cascade.reader import Reader
 from lacy.schemas.errors import CascadeError
-from tests.cascade import models
+from tests.support import models
 
 TOKENIZER = models.byte_level(600)
 SIZE = TOKENIZER.get_vocab_size()

@@ -7,8 +7,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from lacy.cascade.vocabulary import Writing, incomplete, same, vocabulary
 from lacy.schemas.errors import CascadeError
-from tests.cascade.models import END, byte_level, composed, permuted, read, sentencepiece, shuffled
-from tests.cascade.texts import TEXT
+from tests.support.models import END, byte_level, composed, permuted, read, sentencepiece, shuffled
+from tests.support.texts import TEXT
 
 KINDS = {
     "bytes": byte_level(600),

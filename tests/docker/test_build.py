@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.docker.dockerfiles import ROOT
-from tests.pipeline import corpora
+from tests.support import corpora
 
 NEEDS = ("buildah", "debootstrap", "ip", "unshare")
 pytestmark = [

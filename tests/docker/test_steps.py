@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.docker.dockerfiles import DOCKER, ROOT, pins, stages
-from tests.pipeline import corpora
+from tests.support import corpora
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 ELSEWHERE = r"useradd|docker/install-compiler\.sh"

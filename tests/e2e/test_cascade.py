@@ -14,13 +14,12 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.cascade import models
-from tests.cascade.datasets import BEGIN, labelled, marked, tale
-from tests.cascade.serving import answered, server_process
 from tests.conftest import LACY, run_lacy
-from tests.labelers.faulty_proxy import FaultyProxy
-from tests.pipeline import corpora
 from tests.stats.conftest import by_loss
+from tests.support import corpora, models
+from tests.support.faulty_proxy import FaultyProxy
+from tests.support.partner_server import answered, server_process
+from tests.support.tales import BEGIN, labelled, marked, tale
 
 TOKENIZER, LARGER = models.byte_level(600), models.byte_level(900, seed=2)
 TALES = [marked(f"tale-{number}", tale(number), TOKENIZER) for number in range(40)]

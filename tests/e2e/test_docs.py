@@ -19,8 +19,8 @@ from threading import Thread
 
 import pytest
 
-from tests.forks import Forks
-from tests.pipeline import corpora
+from tests.support import corpora
+from tests.support.forks import Forks
 from tests.test_architecture import MAY_IMPORT
 
 ROOT = Path(__file__).parent.parent.parent

@@ -14,7 +14,7 @@ import pytest
 
 from tests.conftest import LACY, run_lacy, told
 from tests.e2e.test_label import digests, rows
-from tests.pipeline import corpora
+from tests.support import corpora
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 

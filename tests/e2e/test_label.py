@@ -20,7 +20,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from tests.conftest import LACY, run_lacy, told
-from tests.pipeline import corpora
+from tests.support import corpora
 
 PART_BYTES = 4096
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.pipeline import corpora
+from tests.support import corpora
 from tests.test_architecture import FOLDERS
 
 SCRIPT = """

@@ -10,7 +10,7 @@ import pytest
 
 from lacy.trainer import logs
 from tests.conftest import run_lacy
-from tests.pipeline import corpora
+from tests.support import corpora
 
 ROOT = Path(__file__).parent.parent.parent
 RECIPE = ROOT / "experiments" / "paper.py"

@@ -16,7 +16,7 @@ import pytest
 from tests.conftest import LACY, run_lacy
 from tests.e2e.portable import COUNT, Cluster, cluster
 from tests.e2e.test_label import digests
-from tests.pipeline import corpora
+from tests.support import corpora
 
 PATIENCE = 0.3  # minutes: what the workers that live need for one part, many times over
 

@@ -8,7 +8,7 @@ import pytest
 
 import lacy
 from lacy.trainer.config import TrainConfig
-from tests.pipeline import corpora
+from tests.support import corpora
 
 SCRIPT = """
 import logging

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from tests.conftest import LACY
-from tests.trainer.datasets import make
+from tests.support.datasets import make
 
 SMALL = ["--model", "tiny", "--context", 32, "--batch", 2, "--holdout", 0.1, "--loader-workers", 0]
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.pipeline import corpora, many_parts
+from tests.support import corpora, many_parts
 
 
 @pytest.fixture(scope="session")

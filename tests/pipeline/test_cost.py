@@ -149,7 +149,7 @@ def test_rates_that_an_estimate_measured(tmp_path):
 
 
 def test_sizes_of_a_dataset(tmp_path, labeller, small_model):
-    from tests.pipeline import corpora
+    from tests.support import corpora
 
     path = corpora.write(tmp_path / "a.jsonl", corpora.documents(5, seed=1))
     options = ["--reference", "none", "--tokenizer", small_model, "--policy", "factual"]

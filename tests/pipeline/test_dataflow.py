@@ -30,7 +30,7 @@ from lacy.pipeline.graph import Work, build
 from lacy.pipeline.runners.heartbeat import Heartbeat
 from lacy.schemas.manifest import at
 from tests.conftest import LACY
-from tests.pipeline import corpora
+from tests.support import corpora
 
 IMAGE = "us-docker.pkg.dev/lacy-test/lacy/label:gpu"
 DOCUMENTS = 40

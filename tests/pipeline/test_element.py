@@ -10,7 +10,7 @@ from lacy.pipeline.corpus.readers import read
 from lacy.pipeline.corpus.sources import Range
 from lacy.pipeline.element import Part, PartCoder
 from lacy.schemas.parts import SIGNALS
-from tests.pipeline import corpora
+from tests.support import corpora
 
 CODER = PartCoder()
 

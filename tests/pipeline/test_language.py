@@ -7,7 +7,7 @@ import pytest
 
 from lacy.pipeline.corpus.sources import find_files, plan_parts
 from lacy.pipeline.language import is_english, language_warning
-from tests.pipeline import corpora
+from tests.support import corpora
 
 GERMAN = (
     "Die kleine Stadt liegt am Ufer des Flusses und wurde im Jahr 1243 zum ersten Mal erwähnt. Nach dem Krieg zogen "

@@ -15,7 +15,7 @@ from lacy.pipeline.decide import decided
 from lacy.pipeline.status import status
 from lacy.schemas.manifest import label_sets, read_complete
 from tests.conftest import LACY
-from tests.pipeline import many_parts
+from tests.support import many_parts
 
 MANY = 100_000
 SECONDS, MEGABYTES = 30, 1000  # of one core, where a command has one thread: wall clocks of a busy machine say little

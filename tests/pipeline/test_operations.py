@@ -17,7 +17,7 @@ from lacy.pipeline.options import LabelOptions
 from lacy.pipeline.placement import models_of
 from lacy.pipeline.runners.heartbeat import NAMESPACE, Heartbeat
 from lacy.schemas.manifest import PartRecord
-from tests.pipeline import corpora
+from tests.support import corpora
 
 MARKER = "Zebrafinkenweibchen"
 BAD = [

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from lacy.stats.compute import compute
-from tests.forks import Forks
 from tests.stats.test_report import unpacked
+from tests.support.forks import Forks
 
 
 @pytest.fixture(scope="module")

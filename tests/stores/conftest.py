@@ -11,8 +11,8 @@ from typing import Any
 import fsspec
 import pytest
 
-from tests.labelers.faulty_proxy import wait_until
 from tests.stores.proxy import StoreProxy
+from tests.support.faulty_proxy import wait_until
 
 NAMES = {
     "AWS_ACCESS_KEY_ID": "key",

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler
 from typing import Literal
 
-from tests.labelers.faulty_proxy import Server, close
+from tests.support.faulty_proxy import Server, close
 
 Kind = Literal["403", "500", "503", "slow", "reset", "cut", "lost"]
 KINDS: tuple[Kind, ...] = ("500", "lost", "slow", "cut", "503", "reset")

@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.conftest import LACY
-from tests.forks import LABEL, Forks
-from tests.pipeline import corpora
 from tests.stores.conftest import SERVERS
 from tests.stores.proxy import KINDS
+from tests.support import corpora
+from tests.support.forks import LABEL, Forks
 
 PART_BYTES = 4096
 TRAIN = ("lacy.trainer.train", "torch._dynamo", "transformers.models.gpt2.modeling_gpt2")

@@ -12,8 +12,8 @@ from lacy.pipeline.corpus.sources import Range, find_files, plan_parts
 from lacy.schemas import files
 from lacy.schemas.errors import CorpusError, DatasetError
 from lacy.schemas.manifest import at
-from tests.pipeline import corpora
 from tests.stores.proxy import KINDS
+from tests.support import corpora
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.trainer.datasets import make
+from tests.support.datasets import make
 
 
 @pytest.fixture(scope="session")

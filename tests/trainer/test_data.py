@@ -33,8 +33,8 @@ from lacy.schemas.files import sha256, write_atomic
 from lacy.schemas.manifest import LabelSet, label_sets, labels_path, load, read_manifest, save
 from lacy.schemas.parts import LABELS, select, to_parquet
 from lacy.trainer import data, shards
-from tests.trainer import datasets
-from tests.trainer.datasets import CALL, END
+from tests.support import datasets
+from tests.support.datasets import CALL, END
 
 EOS, CALL_ID = 0, 1
 WORDS = 6000  # ids below are words

@@ -10,10 +10,10 @@ from lacy.trainer import shards
 from lacy.trainer.checkpoint import newest
 from lacy.trainer.config import TrainConfig
 from lacy.trainer.train import train
-from tests.cascade import models
-from tests.cascade.datasets import labelled, marked, tale
 from tests.stats.conftest import by_loss
-from tests.trainer.datasets import make
+from tests.support import models
+from tests.support.datasets import make
+from tests.support.tales import labelled, marked, tale
 
 NONE_HELD_OUT = 1e-6
 

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from lacy.schemas.errors import DatasetError, TrainingError
 from lacy.trainer.config import TrainConfig
 from lacy.trainer.train import train
-from tests.trainer import runs
-from tests.trainer.datasets import make
+from tests.support import runs
+from tests.support.datasets import make
 
 STEPS = 14
 

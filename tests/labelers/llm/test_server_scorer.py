@@ -18,10 +18,10 @@ from lacy.labelers.llm.server_scorer import ServerScorer
 from lacy.schemas.errors import ModelError
 from tests.conftest import LACY, run_lacy
 from tests.e2e.test_label import digests, rows
-from tests.forks import Forks
-from tests.labelers.faulty_proxy import Fault, FaultyProxy
-from tests.labelers.serving import vllm_server
-from tests.pipeline import corpora
+from tests.support import corpora
+from tests.support.faulty_proxy import Fault, FaultyProxy
+from tests.support.forks import Forks
+from tests.support.vllm_server import vllm_server
 
 CONTEXT, WINDOW, OVERLAP = 160, 128, 32
 LENGTHS = (1, 2, 17, 60, 300)

@@ -17,7 +17,7 @@ from lacy.labelers.llm.server_chat import ServerChat
 from lacy.labelers.llm.server_scorer import REQUEST_PROMPTS, REQUEST_TOKENS, ServerScorer
 from lacy.labelers.llm.servers import BadAnswerError, Refused, ServerPool
 from lacy.schemas.errors import ModelError
-from tests.labelers.faulty_proxy import Fault, FaultyProxy, wait_until
+from tests.support.faulty_proxy import Fault, FaultyProxy, wait_until
 
 VOCABULARY, WINDOW, OVERLAP = 500, 32, 8
 POISON = 499  # the fake fails on prompts with this id

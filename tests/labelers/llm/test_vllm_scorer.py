@@ -12,12 +12,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from lacy.labelers.llm import load, model_folders
 from lacy.labelers.llm.scorer import Scores
 from lacy.labelers.llm.vllm_scorer import VllmScorer, _Answer, _Prompt, _read
 from lacy.schemas.errors import ModelError
+from tests.support.llama import tiny_llama
 
 VOCABULARY, CONTEXT, OVERLAP = 160, 64, 6
 WINDOW = CONTEXT - 1  # the longest that vLLM can score
@@ -28,19 +28,8 @@ needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(5)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=CONTEXT,
-        initializer_range=0.3,
-    )
     made = tmp_path_factory.mktemp("llama")
-    LlamaForCausalLM(config).save_pretrained(made)
+    tiny_llama(VOCABULARY, CONTEXT, seed=5, initializer_range=0.3).save_pretrained(made)
     return made
 
 

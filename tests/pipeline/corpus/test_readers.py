@@ -16,7 +16,7 @@ from lacy.pipeline.corpus.deadletters import REASONS, Code, dead_letter, fault
 from lacy.pipeline.corpus.readers import read
 from lacy.pipeline.corpus.sources import Range, Stream, default_part_bytes, find_files, kind_of, plan_parts
 from lacy.schemas.errors import CorpusError
-from tests.pipeline import corpora
+from tests.support import corpora
 
 
 def read_all(corpus, part_bytes, folder):

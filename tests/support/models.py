@@ -7,11 +7,12 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from lacy.cascade.language_model import Model, open_model
 from lacy.cascade.vocabulary import Vocabulary, vocabulary
-from tests.pipeline import corpora
+from tests.support import corpora
+from tests.support.llama import tiny_llama
 
 END, CALL = "<|endoftext|>", "<CALL>"
 
@@ -83,14 +84,10 @@ def gpt2(tokenizer: Tokenizer, seed: int, context: int = 256) -> GPT2LMHeadModel
 
 
 def llama(tokenizer: Tokenizer, seed: int, context: int = 256, **settings: object) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
     end = tokenizer.token_to_id(END)
-    config = LlamaConfig(
-        vocab_size=tokenizer.get_vocab_size(), hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=context, initializer_range=0.3,
-        bos_token_id=end, eos_token_id=end, **settings,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
+    heads = {"intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    shape = heads | {"initializer_range": 0.3, "bos_token_id": end, "eos_token_id": end}
+    return tiny_llama(tokenizer.get_vocab_size(), context, seed=seed, **shape | settings)
 
 
 @torch.no_grad()

@@ -11,8 +11,8 @@ from tokenizers import Tokenizer
 from lacy.schemas import manifest
 from lacy.schemas.codes import ENT_TYPES
 from lacy.schemas.files import sha256, write_atomic
-from tests.cascade.models import CALL, END
 from tests.stats.conftest import Document, document, write
+from tests.support.models import CALL, END
 
 BEGIN = "The people of the valley tell this at night, when the lamps are lit and the wind is low."
 

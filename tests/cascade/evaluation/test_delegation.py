@@ -37,7 +37,7 @@ from lacy.trainer.config import TrainConfig, save
 from lacy.trainer.data import NothingHeldOutError
 from lacy.trainer.model import tokenizer_files
 from lacy.trainer.shards import open_labels
-from tests.trainer.datasets import CALL, make
+from tests.support.datasets import CALL, make
 
 EOS, CALL_ID = 0, 1
 ROWS = 64  # of the embedding, some behind the vocabulary

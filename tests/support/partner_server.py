@@ -1,6 +1,6 @@
 """Models and servers for the tests of partners: real ones, made small.
 
-python -m tests.cascade.serving [N]      a server of completions that says " 17." to everything, on a free port;
+python -m tests.support.partner_server [N]      a server of completions that says " 17." to everything, on a free port;
                                          when N texts have been continued, the next one kills it
 """
 
@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.labelers.faulty_proxy import FaultyProxy
+from tests.support.faulty_proxy import FaultyProxy
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,28 +29,16 @@ def write_model(
     learn   a text that it is trained on, with the end behind it, until it writes it by heart; "" for none
     """
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
     from lacy.pipeline.train_tokenizer import train
-    from tests.pipeline import corpora
+    from tests.support import corpora
+    from tests.support.llama import tiny_llama
 
     rows = [{"id": str(number), "text": text} for number, text in enumerate(texts)]
     corpus = corpora.write(folder.parent / f"{folder.name}.jsonl", rows)
     _, entries = train([str(corpus)], folder, vocab_size=entries)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=entries,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=context,
-        initializer_range=0.1 if learn else spread,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    network = LlamaForCausalLM(config)
+    wide = 0.1 if learn else spread
+    network = tiny_llama(entries, context, initializer_range=wide, bos_token_id=0, eos_token_id=0).train()
     if learn:
         from tokenizers import Tokenizer
 

@@ -16,10 +16,10 @@ from lacy.cascade.partners import Answer, Request
 from lacy.schemas import manifest
 from lacy.schemas.errors import CascadeError, DatasetError
 from lacy.trainer.shards import Labels, open_labels
-from tests.cascade import models
-from tests.cascade.datasets import BEGIN, labelled, marked, tale, words
-from tests.cascade.serving import write_model
 from tests.stats.conftest import Document
+from tests.support import models
+from tests.support.partner_server import write_model
+from tests.support.tales import BEGIN, labelled, marked, tale, words
 
 TOKENIZER = models.byte_level(600)
 # What is marked as a fact, and its type; "-" for none.
