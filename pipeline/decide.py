@@ -108,8 +108,8 @@ def decide(
         threshold=min((record.lowest for record in records if record.lowest is not None), default=None),
         parts=records,
     )
+    write_card(dataset, manifest, labels)  # first: a run that is killed here decides again
     save(policy_path(dataset, name), labels)
-    write_card(dataset, manifest)
     return labels
 
 

@@ -30,7 +30,9 @@ def models_of(
         specs["judge"] = _judge(options, cluster)
     here = [spec for spec in specs.values() if spec.backend == "vllm"]
     if options.engine_arg and not here:
-        raise ModelError("--engine-arg needs a model that runs in vLLM, and this run has none: add --scorer vllm")
+        raise ModelError(
+            "--engine-arg needs a model that runs in vLLM, and this run has none: add --scorer vllm", usage=True
+        )
     if len(here) > 1:  # models that share GPUs share their memory
         for spec in here:
             share = reference_scores.GPU_MEMORY_SHARE / len(here)
@@ -105,7 +107,7 @@ def _engines(options: LabelOptions, cluster: Cluster | None, backend: Backend, r
     count = _gpus(options, cluster)
     if options.engines and count and options.engines * gpus > count:
         where = "of a machine" if cluster else "here"
-        raise ModelError(f"{options.engines} engines of {gpus} GPUs are more than the {count} GPUs {where}")
+        raise ModelError(f"{options.engines} engines of {gpus} GPUs are more than the {count} GPUs {where}", usage=True)
     return options.engines or count // gpus or int(backend == "vllm"), gpus
 
 

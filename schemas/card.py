@@ -71,15 +71,18 @@ lacy.connect("FOLDER").sql("FROM labels LIMIT 10")  # one row for each token, wi
 """
 
 
-def write_card(dataset: Path, manifest: Manifest) -> None:
+def write_card(dataset: Path, manifest: Manifest, labels: LabelSet | None = None) -> None:
     """Write the card of a finished dataset, or leave a card that was edited and has lost its mark.
+
+    labels: a set that is about to be recorded, beside those that are
 
     Raises OSError, and DatasetError for an object store that cannot be written.
     """
     with suppress(FileNotFoundError):
         if MARK.encode() not in read_bytes(dataset / NAME):
             return
-    write_atomic(dataset / NAME, card(manifest, label_sets(dataset)).encode())
+    sets = label_sets(dataset) | ({labels.name: labels} if labels else {})
+    write_atomic(dataset / NAME, card(manifest, sets).encode())
 
 
 def card(manifest: Manifest, sets: dict[str, LabelSet]) -> str:

@@ -165,7 +165,7 @@ MISTAKES = [
     (["generate", "{run}"], 2, "nothing to continue: give --prompt TEXT or --prompts FILE"),
     (["generate", "{run}", "--prompt", "x", "--prompts", "{run}/log.jsonl"], 2, "not from both"),
     (["generate", "{run}", "--prompts", "{tmp}/none.txt"], 2, "none.txt cannot be read: No such file"),
-    (["generate", "{run}", "--prompts", "{run}/log.jsonl"], 2, 'is not one JSON object with "prompt" a line'),
+    (["generate", "{run}", "--prompts", "{run}/log.jsonl"], 2, 'does not have one JSON object with "prompt" per line'),
     (["generate", "{run}", "--prompt", "x", "--format", "xml"], 2, "--format: 'xml' is not one of 'text'"),
     (["generate", "{run}", "--prompt", "x", "--budget", "0.1", "--threshold", "0"], 2, "not by both"),
     (["generate", "{run}", "--prompt", "x", "--call-score", "best"], 2, "--call-score: "),

@@ -196,9 +196,9 @@ MISTAKES = [
     (
         ["label", "{corpus}", "--out", "d", "--reference", "{model}", "--engine-arg", "a=1"],
         2,
-        "--engine-arg is for vLLM",
+        "--engine-arg needs a model that runs in vLLM",
     ),
-    (["label", "{corpus}", "--out", "d3", "--reference", "{model}", "--server", "ftp://h"], 2, "is no server's URL"),
+    (["label", "{corpus}", "--out", "d3", "--reference", "{model}", "--server", "ftp://h"], 2, "is not a server's URL"),
     (
         ["label", "{corpus}", "--out", "d4", "--reference", "{model}", "--server", "http://127.0.0.1:9"],
         1,

@@ -108,7 +108,7 @@ def test_a_judge_gives_each_window_a_verdict_or_counts_it(small_model, chat_mode
         assert all(mark for mark, label in zip(marked, row["label"], strict=True) if label)
     assert run_lacy("check", tmp_path / "d").returncode == 0
     done = run_lacy(*arguments(corpus, tmp_path / "d", small_model, *judge[2:]))
-    assert done.returncode == 1 and "judge" in done.stderr and len(told(done)) == 1
+    assert done.returncode == 2 and "judge" in done.stderr and len(told(done)) == 1
 
 
 @pytest.mark.slow

@@ -19,6 +19,8 @@ import pyarrow.parquet as pq
 import pytest
 from tokenizers import Tokenizer
 
+from lacy.schemas.card import card
+from lacy.schemas.manifest import label_sets, read_complete
 from tests.conftest import LACY, run_lacy, told
 from tests.support import corpora
 
@@ -240,12 +242,14 @@ def test_three_workers_write_the_same_bytes(labelled, corpus, small_model, tmp_p
 
 
 def digests_of_a_fresh(labelled: Path) -> dict[str, str]:
-    """Without the label sets that other tests decided."""
-    return {
+    """Without the label sets that other tests decided, which the card lists too."""
+    files = {
         name: digest
         for name, digest in digests(labelled).items()
         if not name.startswith("labels/") or name.startswith("labels/lacy/")
     }
+    fresh = card(read_complete(labelled), {"lacy": label_sets(labelled)["lacy"]})
+    return files | {"README.md": hashlib.sha256(fresh.encode()).hexdigest()}
 
 
 def test_killed_at_random_moments_and_run_again(labelled, corpus, small_model, tmp_path):

@@ -12,7 +12,7 @@ from tests.test_architecture import FOLDERS
 SCRIPT = """
 import lacy
 
-print(lacy.connect("d").sql("SELECT count(*) FROM documents").fetchone()[0])
+print(lacy.connect("d").sql("SELECT count(*) FROM documents").fetchall()[0][0])
 """
 
 

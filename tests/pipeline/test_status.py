@@ -7,8 +7,7 @@ from dataclasses import asdict
 
 import pytest
 
-from lacy.pipeline.corpus import spool
-from lacy.pipeline.corpus.sources import Range, plan_parts
+from lacy.pipeline.corpus.sources import SPOOL, Range, plan_parts
 from lacy.pipeline.runners.counts import Counts
 from lacy.pipeline.status import counter, status, update
 from lacy.schemas.errors import DatasetError
@@ -115,8 +114,8 @@ def test_streams_by_the_list_of_their_pieces(tmp_path):
     begin(dataset, [CorpusFile(path="a.jsonl.gz", bytes=600), CorpusFile(path="b.jsonl", bytes=1400)])
     assert status(dataset).uncut == 1 and status(dataset).parts_planned == 2
     pieces = [Range(f"part-00000-{start:015d}", "a.jsonl.gz", "x", "jsonl", 0, 1000) for start in (0, 1000, 2000)]
-    (dataset / spool.FOLDER).mkdir()
-    (dataset / spool.FOLDER / "stream-00000.json").write_text(json.dumps([asdict(piece) for piece in pieces]))
+    (dataset / SPOOL).mkdir()
+    (dataset / SPOOL / "stream-00000.json").write_text(json.dumps([asdict(piece) for piece in pieces]))
     record(dataset, pieces[0].name)
     found = status(dataset)
     assert (found.uncut, found.parts, found.parts_planned, found.corpus_bytes_done) == (0, 1, 5, 200)

@@ -65,7 +65,7 @@ def test_folded_once_and_again(dataset):
     assert [record.rows for record in whole.parts] == [3, 1, 0, 0]
     first = contents(dataset)
     assert first.keys() == {
-        "/manifest.json", *(f"signals/{name}.parquet" for name in list(PARTS)[:2]),
+        "/manifest.json", "/README.md", *(f"signals/{name}.parquet" for name in list(PARTS)[:2]),
         *(f"deadletter/{name}.jsonl" for name in PARTS),
     }  # fmt: skip
     assert is_finished(dataset, "part-00007-0")

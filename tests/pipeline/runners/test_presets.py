@@ -102,7 +102,7 @@ def test_engines_are_those_of_the_cluster_and_not_of_the_launcher(monkeypatch):
         ({"on": "portable", "job_endpoint": "h:1", "flink_master": "h:2"}, "--flink-master is for --on flink"),
         (DATAFLOW | {"worker_pool": "h:1"}, "--worker-pool is for --on flink or portable"),
         (DATAFLOW | {"gpus": 2}, "--gpus needs --gpu"),
-        (DATAFLOW | {"gpu": "h100", "gpus": 3}, "no machine has 3 H100 GPUs: take --gpus 1, 2, 4, 8"),
+        (DATAFLOW | {"gpu": "h100", "gpus": 3}, "no machine has 3 H100 GPUs: use --gpus 1, 2, 4, 8"),
         (DATAFLOW | {"gpu": "t4"}, "Input should be 'l4', 'a100' or 'h100'"),
         ({"on": "portable", "job_endpoint": "h:1", "worker_pool": "h:2", "image": "i"}, "leave out --image"),
     ],
