@@ -188,7 +188,7 @@ def test_the_template_becomes_a_command():
     assert read["corpus"] == ["gs://bucket/corpus", "gs://other/*.jsonl.gz"] and read["text"] is False
     assert read["on"] == "dataflow" and read["wait"] is False
     assert (read["project"], read["region"], read["temp_location"]) == ("p", "us-central1", "gs://bucket/temp")
-    assert read["budget"] is None and read["gpus"] == 2 and read["reference"] == "gs://bucket/models/llama"
+    assert read["budget"] == 0.15 and read["gpus"] == 2 and read["reference"] == "gs://bucket/models/llama"
     assert "--no-text" not in template.command(["--corpus=gs://b/c", "--no_text=false"])
 
 
