@@ -19,7 +19,7 @@ REPORT = FOLDER / "report.html"
 WHEEL = "gensim==4.4.0"
 MEMBER = "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 PAGE_BYTES = 4_000, 16_000  # of a page in the dump: short articles, so that there are some dozen in the sample
-SAMPLE_BYTES = 220_000
+SAMPLE_BYTES = 130_000
 BUDGET = 0.1
 
 
