@@ -18,6 +18,12 @@ from tests.conftest import LACY
 from tests.stats.conftest import document, write
 
 
+def interruptible() -> None:
+    """Make Ctrl-C on the terminal a signal, also where pytest runs in the background and ignores it."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Screen:
     """A terminal with the command in it: what is typed, and the text that comes back."""
 
@@ -32,7 +38,7 @@ class Screen:
             stderr=theirs,
             env=environment,
             start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that Ctrl-C is a signal
+            preexec_fn=interruptible,
         )
         os.close(theirs)
         self._terminal, self._seen = ours, ""
