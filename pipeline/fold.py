@@ -14,8 +14,10 @@ from lacy.pipeline.duplicates import duplicates
 from lacy.pipeline.write import write_part
 from lacy.schemas.card import write_card
 from lacy.schemas.errors import CorpusError, RunError
-from lacy.schemas.files import read_bytes, read_many, remove, remove_tree, sizes
+from lacy.schemas.files import folders, read_bytes, read_many, remove, remove_tree, sizes
 from lacy.schemas.manifest import (
+    OLD_POLICY,
+    POLICY,
     RECORDS,
     Manifest,
     PartRecord,
@@ -66,6 +68,8 @@ def fold(dataset: Path, max_bad: float) -> Manifest:
     manifest = read_manifest(dataset)  # after the records, which are removed when they are in the manifest
     by_name = {record.name: record for record in [*manifest.parts, *fresh]}
     _drop_duplicates(dataset, by_name)
+    if any(record.sha256 != by_name[record.name].sha256 for record in manifest.parts):
+        _forget_labels(dataset)
     records = [by_name[name] for name in sorted(by_name)]
     if not any(record.rows for record in records):
         bad = sum(record.bad for record in records)
@@ -97,6 +101,13 @@ def fold(dataset: Path, max_bad: float) -> Manifest:
     write_card(dataset, complete)
     clear(dataset)
     return complete
+
+
+def _forget_labels(dataset: Path) -> None:
+    """Remove the records of all label sets, since a part that was measured again has other bytes than before."""
+    for name in folders(dataset / "labels"):
+        for record in (POLICY, OLD_POLICY):
+            remove(dataset / "labels" / name / record)
 
 
 def clear(dataset: Path) -> None:

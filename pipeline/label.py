@@ -27,8 +27,8 @@ from lacy.pipeline.runners.presets import Cluster
 from lacy.pipeline.status import counter
 from lacy.pipeline.write import admit
 from lacy.schemas.errors import DatasetError, RunError
-from lacy.schemas.files import folders, is_remote, remove, remove_temporary, sizes
-from lacy.schemas.manifest import RECORDS, CorpusFile, Manifest, PartRecord, labels_path, read_manifest, save
+from lacy.schemas.files import folders, is_remote, remove_temporary, sizes
+from lacy.schemas.manifest import CorpusFile, Manifest, PartRecord, read_manifest, save
 
 if TYPE_CHECKING:  # Beam takes seconds to import: a run with nothing to measure does without
     from lacy.pipeline.runners.heartbeat import Heartbeat
@@ -79,36 +79,37 @@ def label(options: LabelOptions, run: Run = Run()) -> Manifest:
     files = find_files(options.corpus)
     options = options.model_copy(update={"part_bytes": options.part_bytes or default_part_bytes(files)})
     dataset = options.out
+    if not is_remote(dataset) and dataset.exists() and not dataset.is_dir():
+        raise DatasetError(f"{dataset} is a file: choose a folder with --out", usage=True)
     if not _begun(dataset) and any(not name.startswith(".") for name in [*sizes(dataset), *folders(dataset)]):
-        raise DatasetError(f"{dataset} has files in it but is no dataset: name a new folder with --out", usage=True)
+        raise DatasetError(
+            f"{dataset} has files in it but is not a dataset: choose a new folder with --out", usage=True
+        )
     with _locked(dataset):
         run.on_stage("finding models")
         tokenizer, specs = placement.models_of(options, run.cluster)
         manifest = begin(options, files, tokenizer, specs)
-        lost: dict[str, PartRecord] = {}
+        fresh = {record.name for record in finished_parts(dataset)} if manifest.parts else set()
+        lost = {record.name for record in lost_parts(dataset, manifest)} - fresh
         if manifest.state == "complete":
-            if sizes(dataset / RECORDS, "part-*.json"):  # a run measured parts meanwhile, or was stopped in `clear`
-                manifest = fold(dataset, options.max_bad)
-            lost = {record.name: record for record in lost_parts(dataset, manifest)}
             if not lost:
+                if fresh:  # a run measured parts meanwhile, or was stopped in `clear`
+                    manifest = fold(dataset, options.max_bad)
                 clear(dataset)
                 return manifest
-            admit(dataset, manifest.fingerprint())
+            manifest = manifest.model_copy(update={"state": "running"})  # until they are measured again
+            open_for_writing(dataset, manifest, tokenizer)
         run.on_stage("planning")
         parts = plan(options, files)
-        finished = [record for record in manifest.parts if record.name not in lost]
+        finished = [record for record in manifest.parts if record.name not in lost | fresh]
         try:
             costs = measure(options, parts, specs, run, finished)
         except RunError:
             # Two runs of one command may write to one store: the same bytes. The first to end removes the copies.
-            if lost or read_manifest(dataset).state != "complete":
+            if read_manifest(dataset).state != "complete":
                 raise
             costs = []
-        if costs is None:
-            return read_manifest(dataset)
-        manifest = fold(dataset, options.max_bad)
-        _forget_labels(dataset, manifest, lost)
-        return manifest
+        return read_manifest(dataset) if costs is None else fold(dataset, options.max_bad)
 
 
 def begin(
@@ -122,12 +123,18 @@ def begin(
             save(dataset / "manifest.json", expected, create=True)
     begun = read_manifest(dataset)
     require_same(dataset, begun, expected)
-    if begun.state == "complete":
-        return begun
+    if begun.state != "complete":
+        open_for_writing(dataset, begun, tokenizer)
+    return begun
+
+
+def open_for_writing(dataset: Path, manifest: Manifest, tokenizer: tokenize.TargetTokenizer) -> None:
+    """Prepare a dataset for the workers of a run, which may be one that repairs it."""
+    if read_manifest(dataset).state != manifest.state:
+        save(dataset / "manifest.json", manifest)
     remove_temporary(dataset)
     tokenize.save(tokenizer, dataset / TOKENIZER)
-    admit(dataset, expected.fingerprint())
-    return expected
+    admit(dataset, manifest.fingerprint())
 
 
 def plan(options: LabelOptions, files: list[CorpusFile]) -> list[Range | Stream]:
@@ -234,14 +241,6 @@ def _limited(planned: list[Range | Stream], options: LabelOptions) -> Iterator[R
             left -= count
             if left <= 0:
                 return
-
-
-def _forget_labels(dataset: Path, manifest: Manifest, lost: dict[str, PartRecord]) -> None:
-    """Remove the labels of parts that were measured again with another result: they are then decided again."""
-    for record in manifest.parts:
-        if record.name in lost and record.sha256 != lost[record.name].sha256:
-            for name in folders(dataset / "labels"):
-                remove(labels_path(dataset, name, record.name))
 
 
 @contextlib.contextmanager

@@ -8,10 +8,12 @@ from lacy.pipeline.corpus.deadletters import Code, dead_letter, fault
 from lacy.pipeline.fold import fold, lost_parts
 from lacy.pipeline.write import is_finished, write_part
 from lacy.schemas import files, manifest
-from lacy.schemas.manifest import Manifest, at, read_manifest
+from lacy.schemas.manifest import LabelSet, Manifest, at, read_manifest
 from lacy.schemas.parts import SIGNALS
 from tests.stores.conftest import SERVERS
 
+UNDECIDED = {"action": "delegate", "budget": 0.15, "seed": 0, "tokens": 8, "candidates": 0, "chosen": 0, "share": 0.0}
+UNDECIDED |= {"threshold": None, "parts": []}
 PARTS = {"part-00000-0": ["a", "b", "c"], "part-00000-9": ["d", "b"], "part-00001-0": ["a"], "part-00002-0": []}
 
 
@@ -98,3 +100,23 @@ def test_a_record_without_its_file_is_not_finished(dataset):
     whole = fold(dataset, max_bad=1.0)
     assert [record.name for record in whole.parts] == list(PARTS)[1:]
     assert np.sum([record.rows for record in whole.parts]) == whole.documents == 3
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_repair_keeps_label_sets_only_if_the_bytes_are_as_before(dataset, changed, monkeypatch):
+    begun(dataset)
+    measured(dataset)
+    whole = fold(dataset, max_bad=1.0)
+    manifest.save(manifest.policy_path(dataset, "lacy"), LabelSet(name="lacy", policy="lacy", **UNDECIDED))
+    [first, second, *_] = PARTS
+    for name in (first, second):
+        files.remove(manifest.signals_path(dataset, name))
+    manifest.save(dataset / "manifest.json", whole.model_copy(update={"state": "running"}))
+    measured(dataset, [first])  # and the repair is interrupted
+    assert {record.name for record in lost_parts(dataset, whole)} == {second}
+    if changed:
+        monkeypatch.setitem(PARTS, second, ["d", "e"])
+    measured(dataset, [second])
+    repaired = fold(dataset, max_bad=1.0)
+    assert (repaired == whole) is not changed
+    assert bool(files.sizes(dataset / "labels" / "lacy", "_policy.json")) is not changed
