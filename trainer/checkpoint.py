@@ -67,6 +67,15 @@ def newest(out: Path) -> Path | None:
     return next(reversed(checkpoints(out)), None)
 
 
+def data_of(path: Path) -> dict[str, Any]:
+    """What a checkpoint was trained on: "fingerprint" of the labels, "holdout", ...; empty if it cannot be read."""
+    try:
+        state = json.loads((path / "training" / "state.json").read_bytes())
+        return dict(state["ranks"][0]["loader"]["geometry"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return {}
+
+
 def take(
     progress: Progress, loader: dict[str, Any], network: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks
 ) -> Snapshot:
@@ -93,7 +102,10 @@ def restore(
     try:
         state = json.loads((path / "training" / "state.json").read_bytes())
         if state["version"] != VERSION:
-            raise TrainingError(f"{path} has version {state['version']}; this lacy reads version {VERSION}")
+            raise TrainingError(
+                f"{path} has version {state['version']}; this lacy reads version {VERSION}: resume with the lacy that "
+                f"saved it, or start a new run with --model {path}"
+            )
         if len(state["ranks"]) != ranks.count:
             raise TrainingError(
                 f"{path} was saved by {len(state['ranks'])} ranks, this run has {ranks.count}: resume with as many, "

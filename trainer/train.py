@@ -120,6 +120,9 @@ def train(config: TrainConfig, tell: Tell | None = None) -> Outcome:
 def _prepare(config: TrainConfig, ranks: Ranks) -> Run:
     labels = _open_labels(config)
     holdout, held_out = shards.enough_held_out(labels, config.holdout)
+    saved = checkpoint.newest(config.out)
+    if saved:  # which may be of an older version, and have held out nothing
+        holdout = checkpoint.data_of(saved).get("holdout", holdout)
     if config.precision == "tf32":
         torch.set_float32_matmul_precision("high")
     if ranks.device.type == "cpu" or config.deterministic:
@@ -128,7 +131,7 @@ def _prepare(config: TrainConfig, ranks: Ranks) -> Run:
         # Otherwise every new buffer is filled first, though nothing here reads one before it is written.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     source = config  # names a model that exists: the newest checkpoint has the same architecture
-    if not model.is_there(config.model) and (saved := checkpoint.newest(config.out)):
+    if saved and not model.is_there(config.model):
         source = config.model_copy(update={"model": str(saved)})
     network = model.build(source, labels)
     torch.manual_seed(config.seed + ranks.rank)  # for dropout
@@ -157,7 +160,7 @@ def _open_labels(config: TrainConfig) -> Labels:
     if "://" not in config.dataset and not os.path.exists(config.dataset) and (config.out / "config.yaml").exists():
         raise TrainingError(
             f"{config.out} was trained on {config.dataset}, which does not exist: "
-            f"name its new place with lacy train DATASET --out {config.out} --resume"
+            f"pass its new path with lacy train DATASET --out {config.out} --resume"
         )
     return shards.open_labels(config.dataset, config.labels)
 
@@ -334,7 +337,8 @@ def _held_out(run: Run, tell: Tell) -> list[Batch]:
             {"text": f"--holdout {config.holdout:g} would hold out no document: {run.held_out} {documents} held out"},
         )
     elif run.held_out == 1:
-        tell("note", {"text": "one document is held out, and lacy eval needs two: use a larger --holdout"})
+        text = "only one document is held out, and lacy eval delegation needs two: use a larger --holdout"
+        tell("note", {"text": text})
     batches = data.held_out(
         run.labels,
         batch=config.batch,

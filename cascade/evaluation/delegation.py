@@ -16,7 +16,6 @@ with or without a fit. So figures are comparable between scores, checkpoints and
 reported documents. Intervals are over documents (`lacy.cascade.evaluation.bootstrap`).
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,11 +38,12 @@ from lacy.cascade.evaluation.results import Result
 from lacy.cascade.language_model import Model, checkpoint, open_model, results_folder
 from lacy.schemas.errors import CascadeError, DatasetError, UsageError
 from lacy.trainer import shards
+from lacy.trainer.checkpoint import data_of
 from lacy.trainer.config import TrainConfig, load
 from lacy.trainer.data import held_out
 from lacy.trainer.head import Measures
 from lacy.trainer.model import Learner, plain_head
-from lacy.trainer.shards import Labels, enough_held_out, open_labels
+from lacy.trainer.shards import Labels, open_labels
 
 KIND: Final = "delegation"
 TARGETS: Final = ("factual", "wrong", "factual_wrong", "wrong_among_factual")
@@ -147,7 +147,8 @@ def settle(folder: Path, options: Options) -> tuple[Options, Labels]:
     dataset = options.dataset or (config.dataset if config else None)
     if dataset is None or (config is None and options.holdout is None):
         raise CascadeError(
-            f"{folder} is not in a run: name documents that it was not trained on, --dataset and --holdout", usage=True
+            f"{folder} is not in a run: use documents that it was not trained on, with --dataset and --holdout",
+            usage=True,
         )
     if config is None:
         labels = open_labels(dataset, options.labels)
@@ -158,14 +159,15 @@ def settle(folder: Path, options: Options) -> tuple[Options, Labels]:
     try:
         labels = open_labels(dataset, options.labels or (config.labels if same_path else None))
     except DatasetError as error:
-        hint = "; if it has moved, name it with --dataset" if options.dataset is None else ""
+        hint = "; if it has moved, pass its new path with --dataset" if options.dataset is None else ""
         raise CascadeError(f"{error}{hint}", usage=error.exit_code == UsageError.exit_code) from None
-    same_data = same_path or labels.fingerprint == _trained_on(folder)
-    kept = enough_held_out(labels, config.holdout)[0] if same_data else config.holdout
+    trained_on = data_of(folder)
+    same_data = same_path or labels.fingerprint == trained_on.get("fingerprint")
+    kept = float(trained_on.get("holdout", config.holdout)) if same_data else config.holdout
     holdout = kept if options.holdout is None else options.holdout
     if holdout == 0:
         raise CascadeError(
-            f"{folder} was trained on all documents: name others with --dataset and --holdout", usage=True
+            f"{folder} was trained on all documents: pass others with --dataset and --holdout", usage=True
         )
     if holdout > kept and same_data:
         raise CascadeError(
@@ -192,7 +194,7 @@ def measure(model: Model, labels: Labels, options: Options, tell: Tell | None = 
     _same_vocabulary(model, labels)
     if not plain_head(model.network):
         raise CascadeError(
-            f"{model.folder} cannot be measured: its logits are no plain projection (scaled, capped, or with a bias)"
+            f"{model.folder} cannot be measured: its logits are not a plain projection (scaled, capped, or with a bias)"
         )
     context = min(model.context, options.context or CONTEXT)
     batches = held_out(
@@ -380,15 +382,6 @@ def _run(folder: Path) -> TrainConfig | None:
         raise CascadeError(f"{run / 'config.yaml'} cannot be read: copy it from where the run was made") from None
 
 
-def _trained_on(folder: Path) -> str | None:
-    """The fingerprint of the labels that a checkpoint was trained on, which identifies them even if they have moved."""
-    try:
-        state = json.loads((folder / "training" / "state.json").read_bytes())
-        return str(state["ranks"][0]["loader"]["geometry"]["fingerprint"])
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
-
-
 def _weight(folder: Path, fit: bool) -> float | None:
     """The weight in call.json; a damaged file does not matter if it is to be written again."""
     try:
@@ -419,7 +412,7 @@ def _same_vocabulary(model: Model, labels: Labels) -> None:
     lacking = model.call_id is None
     expected = shards.vocabulary(labels.tokenizer_json).items()
     if any(ids.get(token) != index for token, index in expected if not (lacking and index == labels.call_id)):
-        raise CascadeError(f"{model.folder} has another tokenizer than {labels.root}: name labels made with its own")
+        raise CascadeError(f"{model.folder} has another tokenizer than {labels.root}: use labels made with its own")
 
 
 @torch.inference_mode()

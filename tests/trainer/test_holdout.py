@@ -4,7 +4,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from lacy.cascade.evaluation.delegation import Options, evaluate, settle
-from lacy.schemas.errors import CascadeError
+from lacy.schemas.errors import CascadeError, DatasetError
 from lacy.schemas.manifest import labels_path
 from lacy.trainer import shards
 from lacy.trainer.checkpoint import newest
@@ -74,3 +74,22 @@ def test_a_run_on_a_small_dataset_can_be_evaluated(tmp_path):
     assert evaluate(config.out, Options(device="cpu")).figures["documents"] == 1  # the other one is to fit a weight on
     with pytest.raises(CascadeError, match="was trained on"):
         settle(newest(config.out), Options(holdout=0.5))
+
+
+def test_a_run_that_held_out_nothing_is_resumed_but_not_evaluated_on_what_it_has_seen(tmp_path, monkeypatch):
+    """As an older version trained on a small dataset."""
+    tokenizer = models.byte_level(600)
+    documents = [marked(f"tale-{number}", tale(number), tokenizer) for number in range(8)]
+    labelled(tmp_path / "d", documents, tokenizer, sets={"lacy": by_loss(4.0)})
+    config = TrainConfig(
+        dataset=str(tmp_path / "d"), out=tmp_path / "run", model="tiny", context=32, batch=2, max_steps=1, device="cpu",
+        loader_workers=0, tensorboard=False, holdout=NONE_HELD_OUT,
+    )  # fmt: skip
+    with monkeypatch.context() as older:
+        older.setattr(shards, "enough_held_out", lambda labels, holdout: (holdout, 0))
+        train(config)
+    assert train(config.model_copy(update={"max_steps": 2})).progress.step == 2
+    settled, _ = settle(newest(config.out), Options())
+    assert settled.holdout == NONE_HELD_OUT
+    with pytest.raises(DatasetError, match="none of the documents"):
+        evaluate(config.out, Options(device="cpu"))
