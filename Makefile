@@ -9,7 +9,7 @@ help:
 	@echo "make test    the tests (SLOW=1: the slow ones too)"
 	@echo "make check   lint, format, types"
 	@echo "make check-locks   can the locks be installed from the package index alone?"
-	@echo "make bench   every benchmark but mfu.py, which wants a GPU"
+	@echo "make bench   the benchmarks that need neither a GPU nor data of your own"
 	@echo "make lock    renew requirements/*.lock"
 	@echo "make clean   remove .venv, .uv and demo/"
 
