@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -30,17 +30,18 @@ if TYPE_CHECKING:
     from lacy.schemas.manifest import LabelSet, Manifest
 
 Location = str | os.PathLike[str]  # a folder or file, or a URL
+OF_THE_COMMAND = frozenset({"name", "estimate"})  # options that lacy.label does not have
 Progress = bool | Callable[[str], None]  # True: on stderr; a function gets each line
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def _with_options(*models: type[BaseModel]) -> Callable[[F], F]:
-    """Show the fields of the models in the signature, as `help` and notebooks print it, and raise known errors."""
+def _with_options(*models: type[BaseModel], without: Set[str] = frozenset()) -> Callable[[F], F]:
+    """Show the fields of the models, except those in `without`, in the signature that `help` and notebooks print."""
 
     def decorate(function: F) -> F:
         signature = inspect.signature(function)
         own = [one for one in signature.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
-        taken = {one.name for one in own}
+        taken = {one.name for one in own} | without
         fields = {name: field for model in models for name, field in model.model_fields.items() if name not in taken}
         more = [
             inspect.Parameter(
@@ -93,15 +94,15 @@ def _known_errors(function: str, extra: str) -> Iterator[None]:
         raise known from error
 
 
-def _split(options: dict[str, Any], *models: type[BaseModel]) -> list[dict[str, Any]]:
-    """The options of each model. Raises UsageError for one that no model has."""
-    unknown = options.keys() - {name for model in models for name in model.model_fields}
+def _split(options: dict[str, Any], *models: type[BaseModel], without: Set[str] = frozenset()) -> list[dict[str, Any]]:
+    """The options of each model. Raises UsageError for one that no model has, or that is in `without`."""
+    unknown = options.keys() - ({name for model in models for name in model.model_fields} - without)
     if unknown:
         raise UsageError(f"unknown option: {', '.join(sorted(unknown))}")
     return [{name: value for name, value in options.items() if name in model.model_fields} for model in models]
 
 
-@_with_options(LabelOptions, DecideOptions)
+@_with_options(LabelOptions, DecideOptions, without=OF_THE_COMMAND)
 def label(
     corpus: Location | Sequence[Location], out: Location, *, progress: Progress = True, **options: Any
 ) -> "Manifest":
@@ -115,11 +116,11 @@ def label(
         measuring, deciding = (
             model(**chosen)
             for model, chosen in zip(
-                (LabelOptions, DecideOptions), _split(given, LabelOptions, DecideOptions), strict=True
+                (LabelOptions, DecideOptions),
+                _split(given, LabelOptions, DecideOptions, without=OF_THE_COMMAND),
+                strict=True,
             )
         )
-        if measuring.estimate:
-            raise UsageError("estimate: use the command, lacy label --estimate")
         with _threads(measuring.threads):
             return run_label(measuring, deciding, messages(progress))
 

@@ -85,6 +85,9 @@ class View:
     def begin(self, text: str = "", share: float | None = None) -> None:
         """Start the bar. share: how much is done already, 0 to 1; None: not known yet."""
         self._began = self._printed = time.monotonic()
+        self._start_bar(text, share)
+
+    def _start_bar(self, text: str, share: float | None = None) -> None:
         if self._live and self._task is None:
             self._bar.start()
             self._task = self._bar.add_task(self._name, total=None if share is None else 1, text=text)
@@ -121,6 +124,7 @@ class LabelView(View):
         self._before: tuple[int, int, int, int] = (0, 0, 0, 0)
         self._stage = ""
         self._timer: threading.Timer | None = None
+        self._lock = threading.Lock()  # the timer's thread names a stage, and may start the bar
         self.scored = 0
         self.warning = ""
 
@@ -130,20 +134,24 @@ class LabelView(View):
 
     def stage(self, name: str) -> None:
         """Begin a stage, or none ("") once the work itself shows progress."""
-        if self._timer:
-            self._timer.cancel()
-        self._stage, self._timer = name, None
+        with self._lock:
+            if self._timer:
+                self._timer.cancel()
+            self._stage, self._timer = name, None
         if name:
-            self._timer = threading.Timer(STAGE_SECONDS, self._name_stage)
+            self._timer = threading.Timer(STAGE_SECONDS, self._name_stage, [name])
             self._timer.daemon = True
             self._timer.start()
 
-    def _name_stage(self) -> None:
-        if self._live:
-            self.begin(self._stage)
-            self._bar.update(self._task, text=self._stage)
-        else:
-            self.console.print(f"label: {self._stage}")
+    def _name_stage(self, name: str) -> None:
+        with self._lock:
+            if self._stage != name:  # it ended as the timer went off
+                return
+            if self._live:
+                self._start_bar(name)
+                self._bar.update(self._task, text=name)
+            else:
+                self.console.print(f"label: {name}")
 
     def start(self, outlook: Any) -> None:
         finished = outlook.finished
@@ -159,7 +167,8 @@ class LabelView(View):
             self.console.print(f"warning: {self.warning}", style="yellow")
         if finished and outlook.bytes:
             self.console.print(f"resuming: {len(finished):,} parts are finished")
-        self.begin(self._stage)
+        with self._lock:
+            self.begin(self._stage)
 
     def update(self, counts: Any) -> None:
         parts, documents, tokens, bad = self._before

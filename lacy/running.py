@@ -75,6 +75,8 @@ def as_known(error: Exception, command: str = "", extra: str = "") -> LacyError 
         extra = EXTRAS.get(package, extra)
         what = command or "this"
         return LacyError(f"{what} needs packages that are not installed ({package}): pip install 'lacy[{extra}]'")
+    if isinstance(error, OSError) and error.strerror:
+        return LacyError(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
     return None
 
 
@@ -82,8 +84,6 @@ def _line(error: Exception, command: str, extra: str) -> tuple[str, int]:
     """The line for the user, and the exit code."""
     if known := as_known(error, f"lacy {command}", extra):
         return first_line(known), known.exit_code
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror, FAILED
     return f"{type(error).__name__}: {first_line(error)}", FAILED
 
 

@@ -34,7 +34,7 @@ def label(
         bool,
         typer.Option(
             "--wait/--no-wait",
-            help="Wait for the job; without, rerun the command to finish it.",
+            help="Wait for the job to end; with --no-wait, rerun the command later to finish.",
             rich_help_panel=ELSEWHERE,
         ),
     ] = True,
@@ -42,7 +42,7 @@ def label(
         float | None,
         typer.Option(
             min=0,
-            help="Minutes without a finished part until the job is cancelled.",
+            help="Minutes without a finished part after which the job is cancelled.",
             show_default="30, on Dataflow no limit",
             rich_help_panel=ELSEWHERE,
         ),
@@ -56,6 +56,10 @@ def label(
     machines, how = cluster_of(cluster), DecideOptions(**deciding)
     if save_rates and not options.estimate:
         raise UsageError("--save-rates is for what --estimate measures: add --estimate")
+    if save_rates and not save_rates.absolute().parent.is_dir():
+        raise UsageError(f"--save-rates: there is no folder {save_rates.absolute().parent}")
+    if not (machines or BEAM_OPTIONS) and (not wait or patience is not None):
+        raise UsageError("--no-wait and --patience are for a job on other machines: add --on")
     from lacy import api
     from lacy.progress import LabelView, messages
 
@@ -136,7 +140,7 @@ def tokenizer(
 
 def plan(
     dataset: Annotated[
-        str | None, typer.Argument(metavar="[DATASET]", help="Finished dataset that gives the bytes per token.")
+        str | None, typer.Argument(metavar="DATASET", help="Finished dataset that gives the bytes per token.")
     ] = None,
     tokens: Annotated[
         str | None,
@@ -148,7 +152,9 @@ def plan(
     models: Annotated[int, typer.Option(min=0, help="Models that score: a reference and a student are 2.")] = 1,
     gpu: Annotated[Literal["l4", "a100", "h100"], typer.Option(help="GPU of the machines that score.")] = "l4",
     gpus: Annotated[int, typer.Option(min=1, help="GPUs of one machine.")] = 1,
-    hours: Annotated[float, typer.Option(help="Hours from start to end, where no machines are given.")] = 24.0,
+    hours: Annotated[
+        float, typer.Option(help="Hours from start to end, if --taggers and --scorers are not given.")
+    ] = 24.0,
     taggers: Annotated[int | None, typer.Option(min=1, help="Machines that tag.")] = None,
     scorers: Annotated[int | None, typer.Option(min=1, help="Machines that score.")] = None,
     part_bytes: Annotated[int | None, typer.Option(min=1024, help="Corpus bytes in one part.")] = None,
@@ -164,7 +170,7 @@ def plan(
     if tokens and size:
         raise UsageError("--tokens and --bytes: leave out one of them")
     if not (tokens or size or dataset):
-        raise UsageError("name a DATASET, or give --tokens or --bytes of the corpus")
+        raise UsageError("pass a DATASET, --tokens or --bytes")
     known, total = with_dataset(DEFAULTS, dataset) if dataset else (DEFAULTS, 0)
     known = with_file(known, rates) if rates else known
     wanted = amount(size) / known["bytes_per_token"].value if size else amount(tokens) if tokens else float(total)
@@ -184,7 +190,7 @@ def status(
     dataset: Dataset,
     json: Json = False,
     watch: Annotated[
-        float | None, typer.Option(min=1, metavar="SECONDS", help="Interval to repeat at until the run is complete.")
+        float | None, typer.Option(min=1, metavar="SECONDS", help="Repeat every SECONDS until the run is complete.")
     ] = None,
 ) -> None:
     """Show how far a run is, on any runner: parts, tokens, bad records, pace, time left, label sets."""
@@ -215,7 +221,7 @@ def status(
 def check(
     dataset: Dataset,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Compare names, sizes and totals alone: read no part.")
+        bool, typer.Option("--quick", help="Compare only names, sizes and totals; do not read the parts.")
     ] = False,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Worker threads.", show_default="one for each core")
@@ -253,7 +259,8 @@ def add_to(app: typer.Typer) -> None:
         extra=EXTRA,
         examples=[
             "lacy label corpus/*.jsonl.gz --out labelled",
-            "lacy label gs://bucket/corpus --out gs://bucket/labelled -- --runner=FlinkRunner  (Beam options)",
+            "lacy label gs://bucket/corpus --out gs://bucket/labelled --on dataflow --project my-project "
+            "--region us-central1 --image IMAGE",
         ],
     )(label)
     command(app, extra=EXTRA, examples=["lacy decide labelled --policy loss --budget 0.2"])(decide)
