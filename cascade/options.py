@@ -11,7 +11,7 @@ BUDGET: Final = 0.22  # the paper's
 CallScore = Literal["margin", "uncertainty", "combined"]
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-DEVICE = option("auto", "Device; auto is cuda where there is one.", panel="Hardware")
+DEVICE = option("auto", "Device; auto is cuda if available.", panel="Hardware")
 DTYPE = option("auto", "Precision; auto is float32 for a model with <CALL>.", panel="Hardware")
 
 
@@ -37,7 +37,7 @@ class PartnerOptions(Options):
     partner_model: str | None = option(None, "Model of a server that has several.", metavar="NAME")
     partner_tokenizer: str | None = option(
         None,
-        "Tokenizer of a server's model; where it equals the small model's, token ids are sent.",
+        "Tokenizer of a server's model; if it matches the small model's, token ids are sent.",
         metavar="FOLDER",
     )
     partner_tokens: int = option(1, "Tokens that the partner writes for one call.", ge=1)

@@ -298,12 +298,12 @@ class Server:
             contexts = {str(entry["id"]): entry.get("max_model_len") for entry in listed["data"]}
         except (*_FAULTS, ExceptionGroup) as error:
             raise CascadeError(
-                f"no partner at {self._url} ({_line(error)}): start its server, or name another with --partner"
+                f"no partner at {self._url} ({_line(error)}): start its server, or use another with --partner"
             ) from None
         name = next(iter(contexts)) if wanted is None and len(contexts) == 1 else wanted
         if name not in contexts:
             names = ", ".join(contexts) or "no model"
-            raise CascadeError(f"{self._url} serves {names}: name one of its models with --partner-model", usage=True)
+            raise CascadeError(f"{self._url} serves {names}: pass one of its models with --partner-model", usage=True)
         context = contexts[name]
         return name, context if isinstance(context, int) else None
 

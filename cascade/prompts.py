@@ -31,7 +31,7 @@ def read_prompts(given: list[str], file: Path | None) -> list[str]:
                 raise UsageError(f'{file} does not have one JSON object with "prompt" per line') from None
     elif not given:
         if sys.stdin.isatty():
-            raise UsageError("nothing to continue: give --prompt TEXT or --prompts FILE")
+            raise UsageError("nothing to continue: pass --prompt TEXT or --prompts FILE")
         given = [text] if (text := sys.stdin.read().rstrip("\n")) else []
     if not given:
         raise UsageError("nothing to continue: there is no prompt in the input")

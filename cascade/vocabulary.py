@@ -167,7 +167,7 @@ def vocabulary(tokenizer: Tokenizer, name: str) -> Vocabulary:
     metaspace = _uses(spec.get("decoder"), "Metaspace") or _uses(spec.get("decoder"), "ByteFallback")
     if not byte_level and not metaspace:
         raise CascadeError(
-            f"the tokenizer of {name} is neither byte-level nor SentencePiece: name a model with one of these"
+            f"the tokenizer of {name} is neither byte-level nor SentencePiece: use a model with one of these"
         )
     entries = plain.get_vocab(with_added_tokens=True)
     special = {token["id"] for token in spec["added_tokens"] if token["special"]}

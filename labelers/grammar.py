@@ -112,7 +112,7 @@ def load_pipeline(name: str = DEFAULT) -> Language:
     """
     nlp = _load(name)
     if nlp.lang != "en":
-        raise GrammarError(f"spaCy pipeline {name!r} is for language {nlp.lang!r}: name an English one, like {DEFAULT}")
+        raise GrammarError(f"spaCy pipeline {name!r} is for language {nlp.lang!r}: use an English one, like {DEFAULT}")
     for component in nlp.pipe_names:
         made = nlp.get_pipe_meta(component).assigns
         if made and set(made) <= UNUSED:
@@ -120,7 +120,7 @@ def load_pipeline(name: str = DEFAULT) -> Language:
     doc = nlp(PROBE)
     for attribute, what in (("DEP", "parser"), ("ENT_IOB", "ner"), ("POS", "tagger with parts of speech")):
         if not doc.has_annotation(attribute):
-            raise GrammarError(f"spaCy pipeline {name!r} has no {what}: name one that has it, like {DEFAULT}")
+            raise GrammarError(f"spaCy pipeline {name!r} has no {what}: use one that has it, like {DEFAULT}")
     if "attribute_ruler" in nlp.pipe_names and not _assigns_pos(nlp) and _ruler_patterns(nlp) is not None:
         nlp.disable_pipe("attribute_ruler")
     return nlp
@@ -135,7 +135,7 @@ def _load(name: str) -> Language:
                 reason = " ".join(str(error).split())
                 raise GrammarError(f"cannot load spaCy pipeline {candidate!r}: {reason}") from error
     hint = f"pip install {STAND_IN.replace('_', '-')}" if name == DEFAULT else f"python -m spacy download {name}"
-    raise GrammarError(f"spaCy pipeline {name!r} is not installed: run `{hint}`, or give a pipeline's folder")
+    raise GrammarError(f"spaCy pipeline {name!r} is not installed: run `{hint}`, or pass a pipeline's folder")
 
 
 def _assigns_pos(nlp: Language) -> bool:

@@ -53,7 +53,7 @@ def main() -> None:
     for line in (
         f"  open {REPORT} in a browser: figures, charts, and the articles to read",
         f"  .venv/bin/lacy sql {LABELLED} \"SELECT token, ref_nll FROM labels WHERE label = 'delegate' LIMIT 5\"",
-        f"  .venv/bin/lacy decide {LABELLED} --policy loss    compare: the highest loss alone",
+        f"  .venv/bin/lacy decide {LABELLED} --policy loss    compare: loss only",
         "  .venv/bin/lacy label YOUR_CORPUS.jsonl.gz --out YOUR_DATASET",
         "  docs/labelling.md says how labels come about, docs/policies.md which policies there are",
     ):

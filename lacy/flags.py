@@ -5,7 +5,7 @@
 
 A parameter of a command whose type is an option model stands for a flag per field: the field gives its name, type,
 bounds and default, and its description is the help. The command gets the model, built from the flags that the user
-typed; with `Flags(Model)` in an annotation it gets these flags alone, as a dict.
+typed; with `Flags(Model)` in an annotation it gets only these flags, as a dict.
 """
 
 import functools
@@ -79,6 +79,9 @@ def _expanded(function: Callable[..., None], label: str, extra: str) -> Callable
     context = inspect.Parameter("_context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
     debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the libraries' logs.")]
     plain.append(inspect.Parameter("_debug", inspect.Parameter.KEYWORD_ONLY, annotation=debug, default=False))
+    for parameter in plain:
+        if get_args(parameter.annotation)[:1] == (bool,):  # takes no value: --help shows no type
+            parameter.annotation.__metadata__[0].metavar = ""
 
     @functools.wraps(function)
     def run(_context: typer.Context, _debug: bool, **values: Any) -> None:
@@ -143,7 +146,7 @@ def _flags(model: type[BaseModel] | Flags) -> Iterator[tuple[str, inspect.Parame
 
 
 def _declarations(flag: str, kind: Any, default: Any, merged: bool) -> list[str]:
-    """A bool has the form that changes its default alone; merged with a file, both."""
+    """A bool has only the form that changes its default; merged with a file, both."""
     if kind is not bool:
         return [flag]
     negative = "--no-" + flag.removeprefix("--")

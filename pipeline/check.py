@@ -24,7 +24,8 @@ from lacy.schemas.parts import LABELS, SIGNALS, TOKEN_COLUMNS, select
 
 CALL = "<CALL>"
 _COLUMNS = "columns are not those of the schema"
-RERUN, DECIDE = "rerun the lacy label command that made the dataset", "run lacy decide again"  # they repair
+RERUN = "rerun the lacy label command that made the dataset"  # repairs signals
+DECIDE = "rerun lacy decide with the same --policy, --budget and --name"  # repairs labels
 
 
 class _Tokenizer(NamedTuple):

@@ -191,7 +191,7 @@ def _part_bytes(corpus_bytes: float) -> int:
 def _notes(cost: Cost, gpu: str) -> list[str]:
     notes = []
     if cost.part_bytes != MAX_PART_BYTES:
-        notes.append(f"give lacy label --part-bytes {cost.part_bytes}")
+        notes.append(f"pass --part-bytes {cost.part_bytes} to lacy label")
     if cost.parts > TESTED_PARTS:
         datasets = math.ceil(cost.parts / TESTED_PARTS)
         notes.append(
@@ -218,7 +218,7 @@ def amount(text: str) -> float:
     except ValueError:
         value = 0.0
     if not 0 < value < math.inf:
-        raise UsageError(f"{text!r} is no amount: write it as 3000000000, 3e9 or 3B")
+        raise UsageError(f"{text!r} is not a number: write it as 3000000000, 3e9 or 3B")
     return value
 
 

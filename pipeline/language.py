@@ -45,7 +45,7 @@ def language_warning(planned: Sequence[Range | Stream]) -> str:
         return ""
     return (
         f"{len(others) / judged:.0%} of {judged:,} sampled documents do not look English (the first is {others[0]}): "
-        "the grammar knows English alone, and their labels will be wrong"
+        "the grammar works for English only, so their labels will be wrong (use --policy loss)"
     )
 
 

@@ -42,7 +42,8 @@ class LabelOptions(Options):
 
     reference: str | None = option(
         DEFAULT_REFERENCE,
-        "Model that scores the corpus: a folder, a hub name, the embedded smollm2-135m, or none for grammar alone.",
+        "Model that scores the corpus: a folder, a hub name, the embedded smollm2-135m, "
+        "or none to use only the grammar.",
         panel="Models",
     )
     tokenizer: str | None = option(
@@ -68,7 +69,7 @@ class LabelOptions(Options):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", "Precision of the models; auto is float32 on a CPU."
     )
-    device: Literal["auto", "cpu", "cuda"] = option("auto", "Device of the models; auto is cuda where there is one.")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "Device of the models; auto is cuda if available.")
     window: int | None = option(
         None, "Tokens that the reference reads at once.", unset="its context, 2048 at most", ge=2
     )
@@ -153,7 +154,7 @@ class DecideOptions(Options):
     )
     action: Action = option("delegate", "Label of chosen tokens; ignore masks them instead.")
     name: str | None = option(None, "Name of the label set.", unset="the policy's")
-    seed: int = option(0, "Seed of the policy random, and of ties.")
+    seed: int = option(0, "Random seed, for the policy random and for ties.")
 
 
 def require_reach(cluster: Cluster, options: LabelOptions) -> None:
@@ -163,7 +164,7 @@ def require_reach(cluster: Cluster, options: LabelOptions) -> None:
     if cluster.gpu and options.scorer == "server":
         raise UsageError("--gpu is for models on the cluster's own machines: leave out --gpu, or --scorer server")
     if cluster.gpu and not (options.reference or options.judge):
-        raise UsageError("--gpu needs a model, and there is none: leave it out, or name a --reference")
+        raise UsageError("--gpu needs a model, and there is none: leave it out, or pass a --reference")
     if cluster.gpu and options.device == "cpu":
         raise UsageError("--gpu and --device cpu: leave out one of them")
     require_store(cluster, str(options.out))

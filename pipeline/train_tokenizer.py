@@ -32,7 +32,7 @@ def train(corpus: list[str], out: Path, vocab_size: int = 32000, limit: int | No
             f"--vocab-size {vocab_size} is too small: all bytes and two special tokens are {FEWEST_ENTRIES} entries"
         )
     if out.exists() and any(out.iterdir()):
-        raise TokenizerError(f"{out} has files in it: name a new folder with --out")
+        raise TokenizerError(f"{out} has files in it: choose a new folder with --out")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -183,7 +183,9 @@ def store_of(url: str) -> tuple[Any, str]:
     except ImportError:
         raise DatasetError(f"{url} needs a package: pip install {_PACKAGES.get(scheme, scheme)}", usage=True) from None
     except ValueError:
-        raise DatasetError(f"{url}: there is no such kind of URL; use s3://, gs:// or a folder", usage=True) from None
+        raise DatasetError(
+            f"{url}: this kind of URL is not supported: use s3://, gs:// or a folder", usage=True
+        ) from None
     return store, store._strip_protocol(url)
 
 

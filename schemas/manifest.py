@@ -183,7 +183,10 @@ def read_manifest(dataset: Path) -> Manifest:
         if version == SCHEMA_VERSION:
             raise damaged from None
     if version != SCHEMA_VERSION:
-        raise DatasetError(f"{dataset} has schema version {version}; this lacy reads version {SCHEMA_VERSION}")
+        raise DatasetError(
+            f"{dataset} has schema version {version}; this lacy reads version {SCHEMA_VERSION}: "
+            "use the lacy that wrote it, or label the corpus again"
+        )
     return manifest
 
 

@@ -56,7 +56,7 @@ def answer(connection: duckdb.DuckDBPyConnection, sql: str, form: str, out: Text
     require_format(form)
     require_reading(sql, session)
     if form == "parquet" and out.isatty():
-        raise UsageError("--format parquet cannot be shown on a terminal: give --out FILE, or redirect it")
+        raise UsageError("--format parquet cannot be shown on a terminal: pass --out FILE, or redirect it")
     with ThreadPoolExecutor(1) as worker:
         running = worker.submit(_answer, connection, sql, form, out)
         try:
@@ -92,11 +92,11 @@ def require_place(out: Path, dataset: Path) -> None:
     if isinstance(dataset, Path) and out.resolve().is_relative_to(dataset.resolve()):
         raise UsageError(f"--out {out} is in the dataset, which is only read here: write beside it")
     if out.is_dir():
-        raise UsageError(f"--out {out} is a folder: name a file in it")
+        raise UsageError(f"--out {out} is a folder: pass a file in it")
     folder = next(parent for parent in out.absolute().parents if parent.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise UsageError(
-            f"--out {out} cannot be written: {folder} is {'read-only' if folder.is_dir() else 'no folder'}"
+            f"--out {out} cannot be written: {folder} is {'read-only' if folder.is_dir() else 'not a folder'}"
         )
 
 

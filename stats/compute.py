@@ -76,7 +76,7 @@ def compute(
     """
     for option, given in (("where", where), ("by", by)):
         if given is not None and not given.strip():
-            raise SqlError(f"--{option} is empty: give SQL on the columns of the view labels")
+            raise SqlError(f"--{option} is empty: pass SQL on the columns of the view labels")
     folder = at(dataset)
     manifest = read_complete(folder)
     sets = label_sets(folder)
@@ -104,7 +104,9 @@ def compute(
                 f"SELECT count(*) FROM {'documents' if where is None else 'looked_at'}"
             ).fetchall()
         except (duckdb.Error, pa.ArrowException, OSError) as error:  # Arrow's, where it streams what DuckDB reads
-            raise DatasetError(f"{dataset} cannot be read: {one_line(error)} (lacy check says more)") from None
+            raise DatasetError(
+                f"{dataset} cannot be read: {one_line(error)}: run lacy check {dataset} to list all damage"
+            ) from None
     at_least = _rare(counts.tokens)
     return Stats(
         dataset=str(dataset),

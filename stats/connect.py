@@ -74,7 +74,9 @@ def connect(dataset: str | os.PathLike[str]) -> duckdb.DuckDBPyConnection:
             connection.execute(statement)
     except duckdb.Error as error:
         connection.close()
-        raise DatasetError(f"{dataset} cannot be read: {one_line(error)} (lacy check lists all faults)") from None
+        raise DatasetError(
+            f"{dataset} cannot be read: {one_line(error)}: run lacy check {dataset} to list all damage"
+        ) from None
     return connection
 
 
@@ -109,7 +111,7 @@ def require_reading(sql: str, session: bool = False) -> None:
     except duckdb.Error as error:
         raise SqlError(one_line(error)) from None
     if len(found) != 1:
-        raise SqlError(f"{len(found)} statements: give one")
+        raise SqlError(f"{len(found)} statements: pass only one")
     kind = found[0].type
     if kind == duckdb.StatementType.EXPLAIN:
         explained = re.sub(_EXPLAIN, "", found[0].query, count=1)

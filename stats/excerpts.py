@@ -96,7 +96,9 @@ def find(dataset: Path, ids: Sequence[str]) -> list[Row]:
                 "SELECT doc_id, part FROM documents WHERE doc_id IN (SELECT unnest(?))", [list(ids)]
             ).fetchall()
         except duckdb.Error as error:
-            raise DatasetError(f"{dataset} cannot be read: {one_line(error)} (lacy check says more)") from None
+            raise DatasetError(
+                f"{dataset} cannot be read: {one_line(error)}: run lacy check {dataset} to list all damage"
+            ) from None
     part_of = dict(listed)
     for doc_id in ids:
         if doc_id not in part_of:
@@ -230,4 +232,4 @@ def _read(path: Path, columns: list[str]) -> pa.Table:
 
 
 def _damaged(path: Path) -> DatasetError:
-    return DatasetError(f"{path} is missing or damaged: lacy check says what else is")
+    return DatasetError(f"{path} is missing or damaged: run lacy check DATASET to list all damage")

@@ -62,7 +62,7 @@ def write(
     manifest = read_complete(folder)
     require_place(Path(out), folder)
     if isinstance(documents, int) and documents < 0:
-        raise DatasetError(f"{documents} documents: give 0 or more, or their ids", usage=True)
+        raise DatasetError(f"{documents} documents: pass 0 or more, or their ids", usage=True)
     figures = compute(folder, labels, where=where, on_stage=on_stage)
     on_stage("reading documents")
     if isinstance(documents, int):

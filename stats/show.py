@@ -165,7 +165,7 @@ def render(
     name = pick_labels(root, label_sets(root), labels)
     if name is None:
         raise DatasetError(
-            f"{dataset} has no labels: lacy decide makes them (name a document to see it without labels)"
+            f"{dataset} has no labels: lacy decide makes them (pass a DOC_ID to see a document without labels)"
         )
     with _reading(dataset) as connection:
         ids = _first(connection, parts, name, documents) if isinstance(documents, int) else documents
@@ -228,7 +228,9 @@ def _reading(dataset: Dataset) -> Iterator[duckdb.DuckDBPyConnection]:
         try:
             yield connection
         except duckdb.Error as error:
-            raise DatasetError(f"{dataset} cannot be read: {one_line(error)} (lacy check says more)") from None
+            raise DatasetError(
+                f"{dataset} cannot be read: {one_line(error)}: run lacy check {dataset} to list all damage"
+            ) from None
 
 
 def _first(connection: duckdb.DuckDBPyConnection, parts: list[str], labels: str, count: int) -> list[str]:
@@ -273,7 +275,7 @@ def _document(connection: duckdb.DuckDBPyConnection, dataset: Dataset, doc_id: s
     fits = text is None or ((bounds[0] >= 0) & (bounds[0] <= bounds[1]) & (bounds[1] <= len(text))).all()
     known = all(len(names) == len(tokens) and set(names) <= set(LABELS) for names in decided.values())
     if not (fits and known):
-        raise DatasetError(f"{dataset} is damaged at document {doc_id!r}: lacy check says more")
+        raise DatasetError(f"{dataset} is damaged at document {doc_id!r}: run lacy check {dataset} to list all damage")
     return _Document(doc_id, source, text, tokens, decided)
 
 

@@ -42,14 +42,14 @@ class TrainConfig(Options):
     )
     objective: ObjectiveName = option("lacy", "Rule that gives each position its target.")
     budget: float = option(0.15, "Share of the tokens that may be chosen.", ge=0, le=1)
-    learn_softmax: LearnSoftmax = option("full", "Softmax at positions with a true token as target.")
+    learn_softmax: LearnSoftmax = option("full", "Softmax used where the target is the true token.")
     dropout: float = option(0.0, "Dropout of a preset; a model folder has its own.", ge=0, lt=1)
 
     max_steps: int | None = option(
         None, "Updates of the weights. The first limit reached ends the run.", panel="Length of the run", ge=1
     )
     gt_tokens: int | None = option(None, "Tokens trained on their true token.", ge=1)
-    epochs: float | None = option(None, "Passes over the data.", unset="1 where no limit is given", gt=0)
+    epochs: float | None = option(None, "Passes over the data.", unset="1 if no limit is given", gt=0)
 
     batch: int = option(8, "Sequences in one forward pass of one rank.", panel="Optimizer", ge=1)
     accumulate: int = option(1, "Forward passes in one step.", ge=1)
@@ -71,13 +71,15 @@ class TrainConfig(Options):
     compile: Literal["auto", "on", "off"] = option("auto", "torch.compile; auto is on for a GPU.")
     parallel: Literal["ddp", "fsdp"] = option("ddp", "Parallelism of several ranks.")
     checkpoint_activations: bool = option(False, "Recompute activations: less memory, a third more time.")
-    deterministic: bool = option(False, "Deterministic kernels on a GPU, at the price of speed; a CPU always is.")
+    deterministic: bool = option(False, "Deterministic GPU kernels: slower; a CPU is always deterministic.")
 
     save_every: int = option(1000, "Steps between checkpoints.", panel="Checkpoints and logs", ge=1)
-    keep: int = option(2, "Latest checkpoints that are kept.", ge=1)
-    keep_every: int | None = option(None, "Steps whose multiples keep their checkpoints for good.", unset="none", ge=1)
+    keep: int = option(2, "Number of latest checkpoints to keep.", ge=1)
+    keep_every: int | None = option(
+        None, "Also keep every checkpoint whose step is a multiple of this.", unset="none", ge=1
+    )
     eval_every: int = option(500, "Steps between validations.", ge=1)
-    eval_tokens: int = option(500_000, "Tokens of one validation, at most.", ge=1)
+    eval_tokens: int = option(500_000, "Maximum tokens per validation.", ge=1)
     log_every: int = option(10, "Steps between lines of log.jsonl.", ge=1)
     tensorboard: bool = option(True, "Write OUT/tensorboard.")
     wandb: str | None = option(None, "Weights & Biases project to log to.", metavar="PROJECT")
@@ -125,10 +127,10 @@ def load(flags: dict[str, Any], file: Path | None = None, resume: bool = False) 
     record = out / "config.yaml" if out else None
     if record is None or not record.exists():
         if out is not None and out.exists() and any(out.iterdir()):
-            raise UsageError(f"{out} has files in it and is not a run: name a new folder with --out")
+            raise UsageError(f"{out} has files in it and is not a run: choose a new folder with --out")
         return TrainConfig(**given)
     if not resume:
-        raise UsageError(f"{out} holds a run: resume it with --resume, or name a new folder with --out")
+        raise UsageError(f"{out} holds a run: resume it with --resume, or choose a new folder with --out")
     before = _read(record)
     config = TrainConfig(**(before | dataset_of(before, record.parent) | given))
     old = TrainConfig(**before)

@@ -83,7 +83,10 @@ def build(config: TrainConfig, labels: Labels) -> PreTrainedModel:
     """
     tokens = labels.tokens + sum(record.rows for record in labels.records)  # with the end token of each document
     if config.context and config.context >= tokens:
-        raise UsageError(f"--context {config.context} is longer than the data: {labels.root} has {tokens:,} tokens")
+        raise UsageError(
+            f"--context {config.context} is longer than the data ({labels.root} has {tokens:,} tokens): "
+            "use a smaller --context"
+        )
     torch.manual_seed(config.seed)
     if config.model in PRESETS:
         settings = _preset(PRESETS[config.model], config.context, config.dropout, labels)
@@ -92,7 +95,9 @@ def build(config: TrainConfig, labels: Labels) -> PreTrainedModel:
         network = _from_folder(config.model, labels)
     longest = getattr(network.config, "max_position_embeddings", None)
     if config.context and longest and config.context > longest:
-        raise UsageError(f"--context {config.context} is more than the model's {longest} positions")
+        raise UsageError(
+            f"--context {config.context} is more than the model's {longest} positions: use a smaller --context"
+        )
     network.config.architectures = [type(network).__name__]
     network.config.dtype = torch.float32
     network.config.bos_token_id = network.config.eos_token_id = labels.eos_id
@@ -228,7 +233,7 @@ def _from_folder(folder: str, labels: Labels) -> PreTrainedModel:
     if _rows(network) < labels.vocab_size:
         network.resize_token_embeddings(labels.vocab_size, pad_to_multiple_of=ROUND_TO)
     if not plain_head(network):
-        raise TrainingError(f"{folder}: its logits are no plain projection (scaled, capped, or with a bias)")
+        raise TrainingError(f"{folder}: its logits are not a plain projection (scaled, capped, or with a bias)")
     return network
 
 

@@ -130,7 +130,7 @@ def require(labels: Labels, columns: Collection[str]) -> None:
 def opened(labels: Labels, record: LabelRecord) -> Iterator[pq.ParquetFile]:
     """Open a part, read once and checked against its record. Raises DatasetError for a damaged part."""
     path = labels_path(labels.root, labels.name, record.name)
-    again = f"lacy check says what else is damaged, lacy decide --name {labels.name} writes the labels again"
+    again = f"run lacy check {labels.root} to list all damage; lacy decide --name {labels.name} writes the labels again"
     try:
         data = read_bytes(path)
     except FileNotFoundError:

@@ -109,7 +109,7 @@ def _read(path: Path) -> tuple[dict[str, str], bool]:
     except FileNotFoundError:
         return {}, False
     except OSError as error:
-        raise CascadeError(f"{path} cannot be read ({error.strerror}): make it readable, or remove it") from None
+        raise CascadeError(f"{path} cannot be read ({error.strerror}): fix its permissions, or delete it") from None
     *lines, last = data.split(b"\n")
     known = {}
     damaged = 0

@@ -221,7 +221,7 @@ def _files(source: Path) -> list[_File]:
     paths = [source] if source.is_file() else sorted(path for path in source.rglob("*") if _is_corpus(path))
     if not paths or not _is_corpus(paths[0]):
         raise CascadeError(
-            f"{source} is not a knowledge source: name a dataset, or files that end in {', '.join(SUFFIXES)}",
+            f"{source} is not a knowledge source: use a dataset, or files that end in {', '.join(SUFFIXES)}",
             usage=True,
         )
     try:
@@ -296,7 +296,7 @@ def _write(
                 tell(number, len(files))
     if not vocabulary:
         subjects = "" if wanted is None else f" on any of the {len(wanted)} subjects"
-        raise CascadeError(f"{source} has no text{subjects}: name a corpus that has some")
+        raise CascadeError(f"{source} has no text{subjects}: use a corpus that has some")
     bm25 = _bm25s().BM25()
     bm25.index((ids, vocabulary), create_empty_token=False, show_progress=False)
     bm25.save(folder, show_progress=False)

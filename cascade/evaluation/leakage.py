@@ -156,7 +156,7 @@ def find_pairs(labels: Labels, options: Options, context: int) -> list[Pair]:
                 break
     if not pairs:
         raise CascadeError(
-            f"no {options.documents} document of {labels.root} has a fact after {LEAST_BEFORE} tokens: name a larger "
+            f"no {options.documents} document of {labels.root} has a fact after {LEAST_BEFORE} tokens: use a larger "
             "dataset, or other --documents"
         )
     return pairs

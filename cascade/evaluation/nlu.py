@@ -212,7 +212,7 @@ def _load(specs: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any], dict[st
             near = get_close_matches(name, manager.task_index, 3)
             hint = f" (similar: {', '.join(near)})" if near else ""
             raise CascadeError(
-                f"unknown task {name}{hint}: name one of the harness, a YAML file or a folder of them", usage=True
+                f"unknown task {name}{hint}: use one of the harness, a YAML file or a folder of them", usage=True
             )
         try:
             loaded = manager.load([name])

@@ -80,7 +80,7 @@ def factscore(
     """
     names = [line.strip() for line in read_lines(entities) if line.strip()]
     if not names:
-        raise UsageError(f"{entities} has no names")
+        raise UsageError(f"{entities} has no names: write one name per line")
     if "{}" not in template:
         raise UsageError("--template has no {} for the name")
     model, settled = open_slm(str(run), who, how, device)

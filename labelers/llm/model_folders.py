@@ -112,7 +112,7 @@ def _from_hub(name: str) -> str:
         cached = [try_to_load_from_cache(name, file) for file in ("config.json", "tokenizer.json")]
     except HFValidationError:
         raise ModelError(
-            f"{name} is neither a folder nor a name on the Hugging Face Hub: name one of them", usage=True
+            f"{name} is neither a folder nor a name on the Hugging Face Hub: use one of them", usage=True
         ) from None
     if _hub_is_reachable():
         return name
@@ -122,7 +122,7 @@ def _from_hub(name: str) -> str:
     reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the Hugging Face Hub cannot be reached"
     raise ModelError(
         f"{name} is neither a folder nor in the local cache, and {reason}: download it on a machine with network "
-        f"(hf download {name}), or name a folder",
+        f"(hf download {name}), or pass a folder",
         usage=True,
     )
 

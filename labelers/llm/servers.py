@@ -76,7 +76,7 @@ class ServerPool:
         backoff: float = 0.5,
     ) -> None:
         if not servers:
-            raise ModelError("no server is named: name at least one", usage=True)
+            raise ModelError("no server is given: pass at least one", usage=True)
         if concurrency < 1 or timeout <= 0 or patience < 0 or backoff <= 0:
             raise ValueError("concurrency, timeout and backoff must be above 0, and patience not below")
         self.urls = list(dict.fromkeys(base_url(url) for url in servers))
@@ -326,8 +326,8 @@ class ServerPool:
         except _AttemptError:
             names = []
         if not names or body.get("model") in names:
-            return f"{server.url} has no {path}: name the base URL of a server that speaks the OpenAI protocol"
-        return f"{server.url} has no model {body.get('model')!r}: name one of {', '.join(names)}"
+            return f"{server.url} has no {path}: pass the base URL of a server that speaks the OpenAI protocol"
+        return f"{server.url} has no model {body.get('model')!r}: use one of {', '.join(names)}"
 
     def _gone(self) -> str:
         return f"no server answers: {'; '.join(server.reason or server.url for server in self._servers)}"
@@ -377,7 +377,7 @@ def pick_model(pool: ServerPool, name: str, *, exact: bool = False) -> tuple[str
         name = only.pop()
     for url, entries in known.items():
         if name not in entries:
-            raise ModelError(f"{url} has no model {name!r}: name one of {', '.join(entries)}", usage=True)
+            raise ModelError(f"{url} has no model {name!r}: use one of {', '.join(entries)}", usage=True)
     lengths = [entries[name].get("max_model_len") for entries in known.values()]
     return name, min((length for length in lengths if isinstance(length, int)), default=None)
 

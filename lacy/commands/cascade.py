@@ -29,7 +29,7 @@ Run = Annotated[
 RunFolder = Annotated[
     Path, typer.Argument(metavar="RUN", help="Folder that lacy train wrote, checkpoint, or model folder.")
 ]
-Again = Annotated[bool, typer.Option("--again", help="Measure again, even where the same options have a result.")]
+Again = Annotated[bool, typer.Option("--again", help="Measure again, even if there is a result for these options.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 GREEDY = frozenset({"temperature", "top_p", "seed"})  # what evaluations leave at its default
 
@@ -240,7 +240,7 @@ def nlu(
 
 
 def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Runs that were evaluated.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Runs that were evaluated.")],
     page: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Page with curves to write.")] = None,
     json: Json = False,
 ) -> None:

@@ -44,11 +44,14 @@ def stats(
 def show(
     dataset: Dataset,
     doc_id: Annotated[
-        str | None, typer.Argument(metavar="[DOC_ID]", help="Document; without, the beginning of two.")
+        str | None,
+        typer.Argument(metavar="DOC_ID", help="Document to show; if omitted, the beginning of the first two."),
     ] = None,
     labels: Labels = None,
-    color: Annotated[Literal["label", "loss"], typer.Option(help="What tints the tokens.")] = "label",
-    signals: Annotated[bool, typer.Option("--signals", help="Print a table of its tokens, all label sets.")] = False,
+    color: Annotated[Literal["label", "loss"], typer.Option(help="Color tokens by label or by loss.")] = "label",
+    signals: Annotated[
+        bool, typer.Option("--signals", help="Print a table of the document's tokens with all label sets.")
+    ] = False,
 ) -> None:
     """Read a document as it was labelled, in the terminal."""
     if signals and doc_id is None:
@@ -71,10 +74,10 @@ def report(
     out: Annotated[Path, typer.Option(help="Page to write.")] = Path("report.html"),
     labels: Labels = None,
     where: Where = None,
-    documents: Annotated[int, typer.Option(min=0, help="Number of documents to read in it.")] = 50,
+    documents: Annotated[int, typer.Option(min=0, help="Number of documents in the report.")] = 50,
     document: Annotated[
         list[str] | None,
-        typer.Option(metavar="DOC_ID", help="Document to read in it, in place of a sample; may be repeated."),
+        typer.Option(metavar="DOC_ID", help="Document to include, instead of a sample; repeatable."),
     ] = None,
 ) -> None:
     """Write one page about a dataset, to open in a browser and to share: figures, charts, documents to read."""
@@ -92,14 +95,14 @@ def sql(
     query: Annotated[
         str | None,
         typer.Argument(
-            metavar="[QUERY]",
-            help="SQL over documents, tokens, labels, parts; without, a prompt, or standard input.",
+            metavar="QUERY",
+            help="SQL over documents, tokens, labels, parts; if omitted, a prompt or standard input.",
         ),
     ] = None,
     format: Annotated[Literal["table", "csv", "json", "parquet"], typer.Option(help="Format of the answer.")] = "table",
     out: Annotated[Path | None, typer.Option(help="File to write.", show_default="standard output")] = None,
 ) -> None:
-    """Ask DuckDB about a dataset, which is only read (docs/queries.md)."""
+    """Query a dataset with DuckDB, read-only (docs/queries.md)."""
     from lacy.schemas.manifest import at
     from lacy.stats.answers import answer, destination
     from lacy.stats.connect import connect, statements
@@ -115,7 +118,7 @@ def sql(
             return
         queries = statements(sys.stdin.read()) if query is None else [query]
         if query is None and len(queries) != 1 and (out is not None or format == "parquet"):
-            raise UsageError(f"{len(queries)} statements: give one for {'--out' if out else '--format parquet'}")
+            raise UsageError(f"{len(queries)} statements: pass only one with {'--out' if out else '--format parquet'}")
         try:
             with destination(out, at(dataset)) as file:
                 for statement in queries:

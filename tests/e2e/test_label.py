@@ -152,7 +152,9 @@ def test_parts_that_were_lost_or_damaged_are_measured_again(labelled, corpus, sm
     rerun = "rerun the lacy label command that made the dataset"
     assert f"signals/{stream.name}: missing: {rerun}" in done.stdout
     assert any(line.startswith(f"signals/{plain.name}: ") and rerun in line for line in done.stdout.splitlines())
-    assert f"labels/lacy/{cut.name}: missing: run lacy decide again" in done.stdout
+    assert (
+        f"labels/lacy/{cut.name}: missing: rerun lacy decide with the same --policy, --budget and --name" in done.stdout
+    )
     command = arguments(corpus, damaged, small_model, "--workers", 1)
     done = labeller(*command)
     assert done.returncode == 0, done.stderr

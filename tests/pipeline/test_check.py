@@ -18,6 +18,7 @@ from lacy.schemas.manifest import at, label_sets, read_complete
 from lacy.schemas.parts import to_parquet
 
 RERUN = "rerun the lacy label command that made the dataset"
+DECIDE = "rerun lacy decide with the same --policy, --budget and --name"
 
 
 @dataclass
@@ -179,7 +180,7 @@ def test_files(dataset):
     lines = {
         "labels/lacy/part-stray.parquet: not in the manifest",
         f"signals/{one}.parquet: missing: {RERUN}",
-        f"labels/lacy/{other}.parquet: checksum differs from the manifest: remove it, then run lacy decide again",
+        f"labels/lacy/{other}.parquet: checksum differs from the manifest: remove it, then {DECIDE}",
         f"deadletter/{third}.jsonl: checksum differs from the manifest: remove it, then {RERUN}",
     }
     assert set(dataset.faults()) == lines
@@ -200,7 +201,7 @@ def test_labels_that_are_missing_and_another_tokenizer(dataset):
     dataset.set("manifest.json", tokenizer=dataset.manifest["tokenizer"] | {"sha256": "0"})
     lines = dataset.faults()
     assert lines[0].startswith("tokenizer/ is not the tokenizer of the manifest")
-    assert "labels/lacy: 1 parts have no labels: run lacy decide again" in lines
+    assert f"labels/lacy: 1 parts have no labels: {DECIDE}" in lines
 
 
 def test_a_store(dataset):

@@ -77,7 +77,7 @@ def test_parts_grow_with_the_corpus_up_to_a_limit_and_then_datasets_are_advised(
     assert estimate_cost(3e9).part_bytes == 1 << 20
     middle = estimate_cost(100e9)
     assert (middle.part_bytes, middle.parts) == (4 << 20, 97_752)  # 2 MiB would make 195,504
-    assert "give lacy label --part-bytes 4194304" in middle.notes
+    assert "pass --part-bytes 4194304 to lacy label" in middle.notes
     large = estimate_cost(1e12)
     assert large.part_bytes == 16 << 20
     assert "label the corpus as 3 datasets: one dataset is tested with up to 100,000 parts" in large.notes
@@ -96,7 +96,7 @@ def test_amounts(text, value):
 
 @pytest.mark.parametrize("text", ["", "B", "3X", "-1", "0", "nan", "inf", "1e400"])
 def test_no_amounts(text):
-    with pytest.raises(UsageError, match="is no amount"):
+    with pytest.raises(UsageError, match="is not a number"):
         amount(text)
 
 

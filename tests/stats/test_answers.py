@@ -125,7 +125,7 @@ def test_parquet_holds_the_types_and_the_rows(small, tmp_path):
 
 
 def test_parquet_is_not_for_a_terminal(small):
-    with pytest.raises(UsageError, match="give --out FILE"):
+    with pytest.raises(UsageError, match="pass --out FILE"):
         answer(small, "SELECT 1", "parquet", Terminal())
 
 
@@ -158,7 +158,7 @@ def test_nothing_is_written_into_the_dataset(small, tmp_path):
 
 def test_where_no_file_can_be_is_said_at_once(small, tmp_path):
     (tmp_path / "file").touch()
-    for out, says in ((tmp_path, "is a folder: name a file in it"), (tmp_path / "file" / "x", "file is no folder")):
+    for out, says in ((tmp_path, "is a folder: pass a file in it"), (tmp_path / "file" / "x", "file is not a folder")):
         with pytest.raises(UsageError, match=says):
             to_file(small, "SELECT 1", "csv", out)
 
@@ -219,14 +219,14 @@ def test_what_goes_wrong_is_one_line(small, tmp_path):
         ((small, "COPY (SELECT 1) TO 'x'"), 2, "COPY is refused"),
         ((tmp_path / "no",), 2, "has no manifest.json"),
         ((small, "FROM tokens", "--out", small / "x.csv"), 2, "is in the dataset"),
-        (("gopher://x/y", "SELECT 1"), 2, "no such kind of URL"),
+        (("gopher://x/y", "SELECT 1"), 2, "this kind of URL is not supported"),
     ]
     for arguments, code, says in cases:
         done = lacy("sql", *arguments)
         assert done.returncode == code and done.stdout == b"", done.stderr
         assert done.stderr.startswith(b"lacy: ") and done.stderr.count(b"\n") == 1 and says in done.stderr.decode()
     done = lacy("sql", small, "--out", tmp_path / "x.csv", given="SELECT 1; SELECT 2")
-    assert done.returncode == 2 and b"2 statements: give one for --out" in done.stderr
+    assert done.returncode == 2 and b"2 statements: pass only one with --out" in done.stderr
 
 
 def test_a_reader_that_has_seen_enough_is_no_error(small):

@@ -231,10 +231,10 @@ def test_labels_of_other_documents_are_damage(tmp_path):
     [part] = [part.name for part in manifest.read_complete(folder).parts if part.rows]
     rows = excerpts.choose(folder, manifest.read_complete(folder), None, 3)
     manifest.labels_path(folder, "lacy", part).write_bytes(manifest.labels_path(other, "lacy", part).read_bytes())
-    with pytest.raises(DatasetError, match=r"damaged: lacy check"):
+    with pytest.raises(DatasetError, match=r"damaged: run lacy check"):
         excerpts.read(folder, rows, ["lacy"], 10)
     manifest.signals_path(folder, part).write_bytes(b"PAR1")
-    with pytest.raises(DatasetError, match=r"damaged: lacy check"):
+    with pytest.raises(DatasetError, match=r"damaged: run lacy check"):
         excerpts.read(folder, rows, [], 10)
 
 

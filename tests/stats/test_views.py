@@ -219,5 +219,5 @@ def test_a_missing_file_is_a_clear_error(tmp_path):
     doc = document("a", "One goose.")
     write(tmp_path, [doc])
     signals_path(tmp_path, doc.part).unlink()
-    with pytest.raises(DatasetError, match="missing or damaged: lacy check"):
+    with pytest.raises(DatasetError, match="missing or damaged: run lacy check"):
         views.create_views(tmp_path)

@@ -75,5 +75,5 @@ def test_what_is_no_model(store):
     for url in (f"{store.new()}/nothing", f"{store.url.split('://')[0]}://nowhere/model"):
         with pytest.raises(ModelError, match=f"^no model at {url}: this folder is empty"):
             model_folders.resolve(url)
-    with pytest.raises(files.DatasetError, match="no such kind of URL"):
+    with pytest.raises(files.DatasetError, match="this kind of URL is not supported"):
         tokenize.load("gopher://host/model")

@@ -642,7 +642,7 @@ def test_a_store_that_cannot_be_opened_is_refused(where, monkeypatch, tmp_path):
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
         monkeypatch.setenv(name, str(tmp_path / "none"))
-    with pytest.raises(DatasetError, match=f"^{where}.*(no such kind of URL|s3fs|AWS_ACCESS_KEY_ID)"):
+    with pytest.raises(DatasetError, match=f"^{where}.*(this kind of URL is not supported|s3fs|AWS_ACCESS_KEY_ID)"):
         shards.open_labels(where, None)
 
 

@@ -107,7 +107,7 @@ def test_logits_that_are_no_plain_projection_are_refused(tmp_path, labels):
         vocab_size=256, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=2, logits_scaling=4.0,
     ).save_pretrained(tmp_path / "granite")  # fmt: skip
-    with pytest.raises(TrainingError, match="no plain projection"):
+    with pytest.raises(TrainingError, match="not a plain projection"):
         build(configured(tmp_path, model=str(tmp_path / "granite")), labels)
 
 
@@ -118,7 +118,7 @@ def test_what_is_no_model(tmp_path, labels, folder):
     build(configured(tmp_path, model="tiny", context=tokens - 1), labels)
     with pytest.raises(UsageError, match=f"--context {tokens} is longer than the data"):
         build(configured(tmp_path, model="tiny", context=tokens), labels)
-    with pytest.raises(UsageError, match="--context 65 is more than the model's 64 positions"):
+    with pytest.raises(UsageError, match="--context 65 is more than the model's 64 positions: use a smaller --context"):
         build(configured(tmp_path, model=str(folder), context=65), labels)
     (folder / "config.json").write_text("{")
     with pytest.raises(TrainingError, match="cannot read"):

@@ -61,7 +61,7 @@ def test_a_dataset_that_is_gone_is_named_by_an_option(trained, tmp_path):
     try:
         with pytest.raises(TrainingError, match=r"lacy train DATASET .* --resume"):
             resume(tmp_path)
-        with pytest.raises(CascadeError, match="name it with --dataset"):
+        with pytest.raises(CascadeError, match="pass its new path with --dataset"):
             settle(newest(tmp_path / "runs/run"), Options())
         named = Options(dataset=str(hidden))
         assert settle(newest(tmp_path / "runs/run"), named)[1].root == hidden

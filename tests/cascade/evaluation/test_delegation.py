@@ -289,7 +289,7 @@ def test_models_that_cannot_be_measured(tmp_path, labels, model_folder):
     biased = torch.nn.Linear(16, ROWS)
     torch.nn.init.normal_(biased.bias)
     model.network.lm_head = biased
-    with pytest.raises(CascadeError, match="no plain projection"):
+    with pytest.raises(CascadeError, match="not a plain projection"):
         measure(model, labels, Options(holdout=HOLDOUT))
     other = open_labels(str(make(tmp_path / "other", vocabulary=60)), None)
     with pytest.raises(CascadeError, match="another tokenizer"):
@@ -439,7 +439,7 @@ def test_what_must_be_named(run, dataset, model_folder):
     with pytest.raises(CascadeError, match="trained on all documents"):
         settle(folder, Options())
     record.write_text(text.replace(str(dataset), str(dataset / "gone")))
-    with pytest.raises(CascadeError, match="name it with --dataset"):
+    with pytest.raises(CascadeError, match="pass its new path with --dataset"):
         settle(folder, Options())
     record.write_text("holdout: [")
     with pytest.raises(CascadeError, match=r"config\.yaml cannot be read"):

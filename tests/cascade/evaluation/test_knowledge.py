@@ -243,9 +243,9 @@ BAD = {
     "no UTF-8": (b'{"text": "\xff"}\n', "not a JSON object"),
     "a number": (b'{"text": 1}\n', "text is not a string"),
     "half a character": (b'{"text": "\\ud800"}\n', "lone surrogate"),
-    "nothing": (b"", "has no text: name a corpus"),
-    "blank": (b'{"text": " "}\n{"id": "1"}\n', "has no text: name a corpus"),
-    "no words": (b'{"title": "...", "text": "?!"}\n', "has no text: name a corpus"),
+    "nothing": (b"", "has no text: use a corpus"),
+    "blank": (b'{"text": " "}\n{"id": "1"}\n', "has no text: use a corpus"),
+    "no words": (b'{"title": "...", "text": "?!"}\n', "has no text: use a corpus"),
 }
 
 

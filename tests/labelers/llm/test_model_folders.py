@@ -241,7 +241,7 @@ def test_without_the_hub_only_the_cache_serves(cache: Path, monkeypatch: pytest.
         assert time.monotonic() - began < 5
     assert str(caught.value) == (
         "gpt2 is neither a folder nor in the local cache, and the Hugging Face Hub cannot be reached: "
-        "download it on a machine with network (hf download gpt2), or name a folder"
+        "download it on a machine with network (hf download gpt2), or pass a folder"
     )
 
 

@@ -334,13 +334,13 @@ def test_the_model_is_the_one_that_the_servers_have(serve: Any, load: Any) -> No
     only, several = serve(Fake(models=["served"])), serve(Fake(models=["a", "b"]))
     assert load(only).name == "served"
     assert load(several, served_name="b").name == "b"
-    with pytest.raises(ModelError, match="has no model 'fake': name one of a, b"):
+    with pytest.raises(ModelError, match="has no model 'fake': use one of a, b"):
         load(several)
-    with pytest.raises(ModelError, match="has no model 'c': name one of served"):
+    with pytest.raises(ModelError, match="has no model 'c': use one of served"):
         load(only, served_name="c")
     scorer = load(proxy := serve(fake := Fake()))
     fake.models = [{"id": "new"}]
-    with pytest.raises(ModelError, match=f"{proxy.url} has no model 'fake': name one of new"):
+    with pytest.raises(ModelError, match=f"{proxy.url} has no model 'fake': use one of new"):
         scorer.score(documents(9))
 
 
