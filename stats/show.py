@@ -219,7 +219,7 @@ def _require_color(color: str) -> None:
 
 def _require_losses(dataset: Dataset, documents: Sequence[_Document]) -> None:
     if documents and all(np.isnan(document.losses()).all() for document in documents):
-        raise DatasetError(f"{dataset} has no losses here: it was labelled without a reference model")
+        raise DatasetError(f"{dataset} has no losses here: it was labelled without a reference model", usage=True)
 
 
 @contextmanager

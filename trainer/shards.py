@@ -123,7 +123,7 @@ def require(labels: Labels, columns: Collection[str]) -> None:
         for name in asked:
             present = name in file.schema_arrow.names
             if not present or (name == "ref_nll" and _is_void(file, name)):
-                raise DatasetError(f"{labels.root} has no {name}: {_REMEDIES[name]}")
+                raise DatasetError(f"{labels.root} has no {name}: {_REMEDIES[name]}", usage=True)
 
 
 @contextmanager

@@ -157,7 +157,8 @@ def find_pairs(labels: Labels, options: Options, context: int) -> list[Pair]:
     if not pairs:
         raise CascadeError(
             f"no {options.documents} document of {labels.root} has a fact after {LEAST_BEFORE} tokens: use a larger "
-            "dataset, or other --documents"
+            "dataset, or other --documents",
+            usage=True,
         )
     return pairs
 

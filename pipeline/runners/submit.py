@@ -71,7 +71,7 @@ def run(
     try:
         pipeline = beam.Pipeline(options=options)
     except ValueError as error:  # options that the runner refuses
-        raise RunError(str(error).splitlines()[-1]) from error
+        raise RunError(str(error).splitlines()[-1], usage=True) from error
     build(pipeline, Heartbeat(None, name or secrets.token_hex(8)))
     try:
         result: Any = pipeline.run()  # in this thread: some of Beam's runners set signal handlers
