@@ -142,7 +142,7 @@ def _present(dataset: Path, files: dict[str, int]) -> set[str]:
         with first.open("rb", **exactly) as file:
             return set(pq.read_schema(file).names)
     except (OSError, pa.ArrowInvalid):
-        raise DatasetError(f"{first} is missing or damaged: lacy check lists all faults") from None
+        raise DatasetError(f"{first} is missing or damaged: run lacy check DATASET to list all damage") from None
 
 
 def _read(dataset: Path, files: dict[str, int], schema: pa.Schema) -> str:

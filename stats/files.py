@@ -69,7 +69,9 @@ class DatasetFiles(AbstractFileSystem):
             raise
         if (there := os.fstat(descriptor).st_size) != size:
             os.close(descriptor)
-            raise OSError(f"{path} is damaged, it has {there} bytes and not {size}: lacy check lists all faults")
+            raise OSError(
+                f"{path} is damaged, it has {there} bytes and not {size}: run lacy check DATASET to list all damage"
+            )
         return descriptor
 
     def _size(self, path: str) -> int:
