@@ -429,7 +429,7 @@ def test_documents_that_a_run_has_seen_are_refused(run, dataset, tmp_path):
 
 def test_what_must_be_named(run, dataset, model_folder):
     for given in ({}, {"dataset": str(dataset)}, {"holdout": 0.1}):
-        with pytest.raises(CascadeError, match="not trained on, --dataset and --holdout"):
+        with pytest.raises(CascadeError, match="not trained on, with --dataset and --holdout"):
             settle(model_folder, Options(**given))
     settled, _ = settle(model_folder, Options(dataset=str(dataset), holdout=0.1))
     assert (settled.labels, settled.mask_documents) == ("lacy", False)
