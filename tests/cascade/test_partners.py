@@ -331,7 +331,7 @@ FAULTS: dict[str, tuple[Fault, bool]] = {
     "503": (Fault("status", status=503), True),
     "400": (Fault("status", status=400, message="too long"), False),
     "429": (Fault("status", status=429), True),
-    "hang": (Fault("hang", seconds=3), True),
+    "hang": (Fault("hang", seconds=12), True),
     "close": (Fault("close"), True),
     "reset": (Fault("reset"), True),
     "garbage": (Fault("garbage"), True),
@@ -343,10 +343,10 @@ FAULTS: dict[str, tuple[Fault, bool]] = {
 def test_what_fails_does_not_touch_the_others(serve: Any, connect: Any, name: str) -> None:
     fault, gone = FAULTS[name]
     proxy = serve(completion, lambda body: fault if body["prompt"] == "bad" else None)
-    server = connect(proxy, timeout=0.5, key="secret")
+    server = connect(proxy, timeout=2, key="secret")
     began = time.monotonic()
     first, bad, last = server.answer(by_text(["good", "bad", "good"]))
-    assert time.monotonic() - began < 2.5
+    assert time.monotonic() - began < 10, "the answer that hangs is not waited for"
     assert first == last == Answer(text=" 17.", tokens=1)
     assert bad.failure and bad.gone == gone and not (bad.text or bad.ids or bad.ended)
     assert "\n" not in bad.failure and "secret" not in bad.failure and proxy.url in bad.failure
